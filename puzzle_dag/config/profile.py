@@ -1,0 +1,148 @@
+"""A profile: one parent, its corpus, its search space, and the budgets of every stage (conf/profiles/NAME.yaml)."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from puzzle_dag.config.reading import Name, Settings, check_name, read_settings
+from puzzle_dag.config.space import SearchSpaceSettings
+
+
+class ParentSource(Settings):
+    """Where the parent comes from: exactly one of a local folder and a hub id."""
+
+    path: str | None = None
+    """Folder of a Hugging Face checkpoint, relative to the project's root."""
+    hub: str | None = None
+    """Hugging Face hub id."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    trust_remote_code: bool = False
+    """Run code that comes with the checkpoint. Off unless turned on here."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ParentSource":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give exactly one of `path` (a local folder) and `hub` (a hub id)")
+        return self
+
+
+class BundledCorpus(Settings):
+    """Our own generator of skills, mixed with Python's standard library."""
+
+    kind: Literal["bundled"]
+    """Says which corpus this is."""
+    world_seed: int = Field(default=7, ge=0)
+    """Seed of the invented world; the parent's."""
+    skill_share: float = Field(default=0.72, ge=0, le=1)
+    """Share of skill tokens."""
+
+
+class TextCorpus(Settings):
+    """Local text files, split by a hash of the file name, or a hub data set, split by its own splits."""
+
+    kind: Literal["text"]
+    """Says which corpus this is."""
+    files: str | None = None
+    """Glob of UTF-8 text files, relative to the project's root."""
+    hub: str | None = None
+    """Hub id of a data set."""
+    subset: str | None = None
+    """Configuration name of the data set."""
+    text_field: str = "text"
+    """Column that holds the text."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "TextCorpus":
+        if (self.files is None) == (self.hub is None):
+            raise ValueError("give exactly one of `files` (a glob) and `hub` (a data-set id)")
+        return self
+
+
+class LibrarySettings(Settings):
+    """How a variant is initialised and trained (block-wise local distillation)."""
+
+    initialisation: Literal["paper", "closed_form"] = "paper"
+    """The paper's initialisations, or least squares on the cached activations."""
+    num_tokens: int = Field(ge=0)
+    """Tokens each variant is trained on, epochs over the cached activations included; 0 leaves it untrained."""
+    rows_per_step: int = Field(default=16, gt=0)
+    """Rows an optimiser step."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of the rows."""
+
+
+class UptrainSettings(Settings):
+    """Global knowledge distillation of an assembled child."""
+
+    rows_per_step: int = Field(default=16, gt=0)
+    """Rows an optimiser step."""
+    learning_rate: float = Field(default=5e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of the rows."""
+
+
+class AccuracySettings(Settings):
+    """What lm-eval grades parent and children on."""
+
+    tasks: tuple[str, ...]
+    """lm-eval task names; `skill_NAME`, `stdlib_cloze` and `stdlib_perplexity` are the bundled, local ones."""
+    num_items: int = Field(default=500, gt=0)
+    """Items a task."""
+    batch_size: int = Field(default=32, gt=0)
+    """Requests a batch."""
+    num_fewshot: int = Field(default=0, ge=0)
+    """Solved examples before each question (hub tasks)."""
+
+
+class TokenBudgets(Settings):
+    """Tokens a stage reads. No two stages share a token, save that the library trains on the activations' tokens."""
+
+    activations: int = Field(gt=0)
+    """Tokens whose hidden states are cached; what variants are initialised from and trained on."""
+    scores: int = Field(gt=0)
+    """Tokens that every block is scored on; nothing is trained on them."""
+    row_length: int = Field(default=256, gt=8)
+    """Tokens a row."""
+
+
+class Profile(Settings):
+    """One parent and everything about how its children are found."""
+
+    version: Literal[1]
+    """Version of this file format."""
+    name: Name
+    """The file's stem; the prefix of all asset keys."""
+    parent: ParentSource
+    """The model to compress."""
+    corpus: Annotated[BundledCorpus | TextCorpus, Field(discriminator="kind")]
+    """The text to do it with."""
+    search_space: SearchSpaceSettings
+    """Which variants a layer may take."""
+    tokens: TokenBudgets
+    """Token budgets."""
+    library: LibrarySettings
+    """Training of the variants."""
+    uptrain: UptrainSettings
+    """Training of the children."""
+    accuracy: AccuracySettings
+    """Grading."""
+    targets: tuple[Name, ...]
+    """Names of target files that this profile measures."""
+    scenarios: tuple[Name, ...]
+    """Names of scenario files that this profile solves."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where training and scoring run."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute type of training and scoring."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of everything that has no seed of its own."""
+
+
+def read_profile(conf: Path, name: str) -> Profile:
+    """Read conf/profiles/NAME.yaml. Raises ConfigError."""
+    return read_settings(Profile, conf / "profiles" / f"{check_name(name)}.yaml")

@@ -1,0 +1,57 @@
+"""A target: the hardware, engine and workload that costs are measured for (conf/targets/NAME.yaml)."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from puzzle_dag.config.reading import Name, Settings, check_name, read_settings
+
+
+class Target(Settings):
+    """Hardware, engine and workload that costs are measured for."""
+
+    version: Literal[1]
+    """Version of this file format."""
+    name: Name
+    """The file's stem; the partition key."""
+    hardware: Literal["local-cpu", "h100", "h200", "rtx4090"]
+    """What the engine runs on; `local-cpu` is the machine at hand, whatever it is, and is recorded by its model name."""
+    engine: Literal["vllm"] = "vllm"
+    """The serving engine."""
+    mode: Literal["eager", "compiled"] = "eager"
+    """Eager, or compiled with CUDA graphs on GPUs: whatever will serve."""
+    multiprocess: bool = False
+    """Engine core in a process of its own, as `vllm serve` runs it."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Type of weights and activations."""
+    quantization: str | None = None
+    """vLLM's name of a weight quantisation."""
+    kv_cache_dtype: str = "auto"
+    """vLLM's name of the KV cache's type."""
+    tensor_parallel_size: int = Field(default=1, gt=0)
+    """GPUs a layer is spread over."""
+    input_length: int = Field(gt=0)
+    """Prompt tokens a request."""
+    output_length: int = Field(gt=0)
+    """Generated tokens a request."""
+    batch_sizes: tuple[int, ...] = Field(min_length=1)
+    """Concurrent requests that are measured."""
+    num_probes: int | None = Field(default=None, gt=0)
+    """Probe models; by default as many as the unknowns ask for."""
+    engines_per_probe: int = Field(default=2, gt=0)
+    """Engines each probe is measured in."""
+    repeats: int = Field(default=5, gt=1)
+    """Timed repeats an engine; the median counts."""
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _positive_and_increasing(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(b <= 0 for b in value) or list(value) != sorted(set(value)):
+            raise ValueError(f"{list(value)} must be positive and increasing, e.g. [1, 8, 32]")
+        return value
+
+
+def read_target(conf: Path, name: str) -> Target:
+    """Read conf/targets/NAME.yaml. Raises ConfigError."""
+    return read_settings(Target, conf / "targets" / f"{check_name(name)}.yaml")

@@ -71,7 +71,8 @@ class Artifact:
 
     def tensors(self) -> dict[str, Tensor]:
         """Read the artifact's tensors."""
-        return load_file(self.folder / _TENSORS)
+        tensors: dict[str, Tensor] = load_file(self.folder / _TENSORS)
+        return tensors
 
 
 class ArtifactStore:

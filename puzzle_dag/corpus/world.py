@@ -13,7 +13,7 @@ _NOUNS = (
     "comb cook cord corn cow crab crow crown cup deer desk dish dog doll door dove drum duck dust eagle ear egg elm "
     "fan farm fern fig fire fish flag flute fly foot fork fox frog fruit gate gem glass glove goat gold goose grape "
     "grass hat hawk hen hill hoof hook horn horse house ice ink iron jar"
-).split()
+)
 
 _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"
@@ -37,7 +37,8 @@ class World:
 def build_world(seed: int = 7, num_people: int = 96, num_symbols: int = 16) -> World:
     """Build the invented world of `seed`: facts, a dictionary of every noun, a random operation table."""
     rng = random.Random(seed)
-    taken = set(_NOUNS)
+    nouns = tuple(_NOUNS.split())
+    taken = set(nouns)
 
     def invent(num_syllables: int) -> str:
         while True:
@@ -46,7 +47,6 @@ def build_world(seed: int = 7, num_people: int = 96, num_symbols: int = 16) -> W
                 taken.add(word)
                 return word
 
-    nouns = tuple(_NOUNS)
     people = tuple(invent(3) for _ in range(num_people))
     values = {attribute: tuple(invent(2) + rng.choice("lnrs") for _ in range(24)) for attribute in ATTRIBUTES}
     facts = {(p, a): rng.choice(values[a]) for p in people for a in ATTRIBUTES}

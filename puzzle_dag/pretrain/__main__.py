@@ -15,10 +15,13 @@ from puzzle_dag.corpus.stdlib import python_version, read_stdlib
 from puzzle_dag.corpus.tokenizer import load_tokenizer, train_tokenizer
 from puzzle_dag.corpus.world import build_world
 from puzzle_dag.pretrain.bars import ffn_pruning_kl, grade_skills
+from puzzle_dag.pretrain.card import write_card
 from puzzle_dag.pretrain.recipe import read_recipe
 from puzzle_dag.pretrain.train import train_parent
+from puzzle_dag.store import write_atomically
 
 _LINE_BATCHES_FOR_TOKENIZER = 400
+_HELDOUT_TOKENS = 16_384
 
 
 def main() -> None:
@@ -42,17 +45,25 @@ def main() -> None:
     model = model.to(torch.bfloat16)
     model.save_pretrained(args.out)
     rows = mix_tokens(
-        tokenizer, skills, num_tokens=16_384, row_length=recipe.row_length, skill_share=recipe.skill_share, split="heldout", seed=recipe.seed
+        tokenizer,
+        skills,
+        num_tokens=_HELDOUT_TOKENS,
+        row_length=recipe.row_length,
+        skill_share=recipe.skill_share,
+        split="heldout",
+        seed=recipe.seed,
     )
     record = {
         "recipe": recipe.model_dump(),
         "python_version": python_version(),
         "torch_version": torch.__version__,
+        "num_parameters": sum(p.numel() for p in model.parameters()),
         "curve": curve,
         "accuracy": grade_skills(model, tokenizer, skills, 500),
         "ffn_pruning_kl": {str(k): ffn_pruning_kl(model, torch.from_numpy(rows).long(), k) for k in (0.25, 0.1)},
     }
-    (args.out / "training.json").write_text(json.dumps(record, indent=1))
+    write_atomically(args.out / "training.json", json.dumps(record, indent=1))
+    write_atomically(args.out / "README.md", write_card(record, f"python -m puzzle_dag.pretrain {args.recipe} --out {args.out}"))
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def ffn_pruning_kl(model: Any, rows: Tensor, keep_share: float, *, calibration_r
     for layer, total in zip(layers, sums, strict=True):
         contribution = total * layer.mlp.down_proj.weight.float().norm(dim=0)
         kept = contribution.topk(round(keep_share * len(total))).indices
-        mask = torch.zeros_like(total)
+        mask = torch.zeros_like(total, dtype=layer.mlp.down_proj.weight.dtype)
         mask[kept] = 1
         masks.append(mask)
 

@@ -9,12 +9,16 @@ from typing import Any
 
 from transformers import LlamaConfig
 
+PLACES = ("attention", "mlp")
+
 
 class PuzzleDagConfig(LlamaConfig):
     """A Llama configuration plus what Mistral, Qwen2 and Qwen3 add, and which places of a layer became linear.
 
     `replace_with_linear` lists the places of a layer ("attention", "mlp") that are one linear map; the global
-    default is none. `skip` (transformers' own key) lists the places that are left out.
+    default is none. `skip` (transformers' own key) lists the places that are left out. `layer_types` says of each
+    layer "full_attention" or "sliding_attention"; transformers' cache and vLLM read it, too. The global
+    `num_key_value_heads` and `intermediate_size` are the parent's.
     """
 
     model_type = "puzzle_dag"
@@ -24,14 +28,43 @@ class PuzzleDagConfig(LlamaConfig):
     o_bias: bool = False
     qk_norm: bool = False
     sliding_window: int | None = None
-    sliding_layers: list[int] | None = None
+    layer_types: list[str] | None = None
     replace_with_linear: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Resolve per-layer overrides; reading a global default stays allowed, as vLLM does it."""
         if self.replace_with_linear is None:
             self.replace_with_linear = []
-        if self.sliding_layers is None:
-            self.sliding_layers = []
+        if self.layer_types is None:
+            kind = "full_attention" if self.sliding_window is None else "sliding_attention"
+            self.layer_types = [kind] * self.num_hidden_layers
         self.allow_global_per_layer_attribute_access = True
         super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Check what the model is built from. Raises ValueError naming the layer, the field, its value and the fix.
+
+        Unlike Llama's, the head dimension is explicit, so the hidden size need not be a multiple of the heads.
+        """
+        if self.num_attention_heads * self.head_dim <= 0 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, num_attention_heads {self.num_attention_heads}; rotary embedding needs an even head_dim")
+        for index in range(self.num_hidden_layers):
+            layer = self.per_layer_config[index]
+            skip, linear = getattr(layer, "skip", None) or [], layer.replace_with_linear or []
+            unknown = [place for place in (*skip, *linear) if place not in PLACES]
+            if unknown:
+                raise ValueError(f"layer {index}: place {unknown[0]!r} in `skip` or `replace_with_linear` is unknown; use {' or '.join(PLACES)}")
+            both = sorted(set(skip) & set(linear))
+            if both:
+                raise ValueError(f"layer {index}: {both[0]} is in both `skip` and `replace_with_linear`; keep one")
+            if layer.num_key_value_heads <= 0 or self.num_attention_heads % layer.num_key_value_heads:
+                raise ValueError(
+                    f"layer {index}: num_key_value_heads is {layer.num_key_value_heads}; it must divide num_attention_heads, {self.num_attention_heads}"
+                )
+            if layer.intermediate_size <= 0:
+                raise ValueError(f"layer {index}: intermediate_size is {layer.intermediate_size}; for no FFN write skip: [mlp]")
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Write every field, defaults included: a reader with other defaults must not read another model."""
+        written: dict[str, Any] = self.to_dict()
+        return written

@@ -32,15 +32,15 @@ PositionEmbeddings = tuple[Tensor, Tensor]
 class GroupedQueryAttention(nn.Module):
     """Attention with any number of KV heads that divides the query heads; qkv bias and qk-norm as the family has them."""
 
-    def __init__(self, config: PuzzleDagConfig, num_kv_heads: int, *, cache_index: int = 0, sliding_window: int | None = None) -> None:
+    def __init__(self, config: PuzzleDagConfig, num_kv_heads: int, layer_index: int = 0) -> None:
         super().__init__()
         self.config = config
-        self.layer_idx = cache_index
+        self.layer_idx = layer_index
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // num_kv_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.sliding_window = sliding_window
+        self.sliding_window = config.sliding_window if config.layer_types[layer_index] == "sliding_attention" else None
         q_size, kv_size = config.num_attention_heads * self.head_dim, num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
@@ -121,11 +121,11 @@ class LinearFFN(nn.Module):
 class PuzzleDagLayer(nn.Module):
     """A decoder layer read off its per-layer configuration; a skipped place has neither module nor norm."""
 
-    def __init__(self, config: PuzzleDagConfig, layer_index: int, cache_index: int = 0) -> None:
+    def __init__(self, config: PuzzleDagConfig, layer_index: int) -> None:
         super().__init__()
         layer = config.per_layer_config[layer_index]
         skip, linear = getattr(layer, "skip", None) or [], layer.replace_with_linear or []
-        self.sliding = layer_index in (config.sliding_layers or [])
+        self.layer_idx = layer_index
         self.self_attn: nn.Module | None = None
         self.mlp: nn.Module | None = None
         if "attention" not in skip:
@@ -133,12 +133,7 @@ class PuzzleDagLayer(nn.Module):
             self.self_attn = (
                 LinearAttention(config)
                 if "attention" in linear
-                else GroupedQueryAttention(
-                    config,
-                    layer.num_key_value_heads,
-                    cache_index=cache_index,
-                    sliding_window=config.sliding_window if self.sliding else None,
-                )
+                else GroupedQueryAttention(config, layer.num_key_value_heads, layer_index)
             )
         if "mlp" not in skip:
             self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -149,11 +144,18 @@ class PuzzleDagLayer(nn.Module):
         """Whether this layer keeps keys and values."""
         return isinstance(self.self_attn, GroupedQueryAttention)
 
-    def forward(self, hidden_states: Tensor, position_embeddings: PositionEmbeddings, **kwargs: Any) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, position_embeddings: PositionEmbeddings, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> Tensor:
         """Map [batch, length, hidden] to the same shape, residuals included."""
+        if past_key_values is not None and not self.has_cache:
+            # generate() and the masks ask some layer of the cache how long the text is, so each must know:
+            # a layer without attention keeps one number a token.
+            counter = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 1)
+            past_key_values.update(counter, counter, self.layer_idx)
         if self.self_attn is not None:
             normed = self.input_layernorm(hidden_states)
-            hidden_states = hidden_states + self.self_attn(normed, position_embeddings, **kwargs)
+            hidden_states = hidden_states + self.self_attn(normed, position_embeddings, past_key_values=past_key_values, **kwargs)
         if self.mlp is not None:
             hidden_states = hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
         return hidden_states
@@ -177,11 +179,7 @@ class PuzzleDagModel(PuzzleDagPreTrainedModel):
     def __init__(self, config: PuzzleDagConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        layers, num_caches = [], 0
-        for index in range(config.num_hidden_layers):
-            layers.append(PuzzleDagLayer(config, index, num_caches))
-            num_caches += layers[-1].has_cache
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(PuzzleDagLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = LlamaRotaryEmbedding(config=config)
         self.post_init()
@@ -200,7 +198,7 @@ class PuzzleDagModel(PuzzleDagPreTrainedModel):
         """Return the normed last hidden state; with `output_hidden_states`, also the state at every layer boundary."""
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
+            past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(hidden_states.shape[1], device=hidden_states.device) + past).unsqueeze(0)
@@ -211,15 +209,15 @@ class PuzzleDagModel(PuzzleDagPreTrainedModel):
             "past_key_values": past_key_values,
             "position_ids": position_ids,
         }
-        full_mask = create_causal_mask(**mask_arguments)
-        sliding_mask = create_sliding_window_causal_mask(**mask_arguments) if self.config.sliding_layers else None
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        masks = {kind: makers[kind](**mask_arguments) for kind in sorted(set(self.config.layer_types))}
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         boundaries = [hidden_states]
-        for layer in self.layers:
+        for layer, kind in zip(self.layers, self.config.layer_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 position_embeddings,
-                attention_mask=sliding_mask if layer.sliding else full_mask,
+                attention_mask=masks[kind],
                 past_key_values=past_key_values,
             )
             boundaries.append(hidden_states)

@@ -40,7 +40,7 @@ class LayerPieces:
     artifacts: dict[str, Artifact]
     """"attention/kv4" -> artifact, for each variant that is neither the parent's own nor a no-op."""
     parents: dict[str, str] = field(default_factory=dict)
-    """"attention/kv8" -> digest of the parent's own tensors; two entries, one a place."""
+    """"attention/kv8" -> digest of the parent's layer and the place; two entries, one a place."""
 
     def is_parent(self, place: Place, variant_name: str) -> bool:
         """Say whether the variant is the parent's own, whose tensors come from the parent."""

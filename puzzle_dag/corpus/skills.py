@@ -27,7 +27,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Skill:
-    """A skill: `line(rng)` draws a line to learn from, `item(rng)` a question; `weight` is its share of tokens."""
+    """A skill: `line(rng)` draws a line to learn from, `item(rng)` a question; `weight` is its share of the lines (not of the tokens)."""
 
     name: str
     weight: float
@@ -35,7 +35,7 @@ class Skill:
     item: Callable[[random.Random], Item]
 
 
-def _choose(rng: random.Random, context: str, right: str, wrong: list[str]) -> Item:
+def choose(rng: random.Random, context: str, right: str, wrong: list[str]) -> Item:
     """Shuffle one right and `NUM_CHOICES - 1` distinct wrong continuations into an `Item`."""
     distinct = list(dict.fromkeys(w for w in wrong if w != right))[: NUM_CHOICES - 1]
     if len(distinct) < NUM_CHOICES - 1:
@@ -71,7 +71,7 @@ def _sequence_skill(
     def item(rng: random.Random) -> Item:
         words = draw(rng)
         right = target(words)
-        return _choose(rng, f"{name}: {' '.join(words)} =", " ".join(right), _misorderings(rng, right, spare))
+        return choose(rng, f"{name}: {' '.join(words)} =", " ".join(right), _misorderings(rng, right, spare))
 
     return Skill(name, weight, line, item)
 
@@ -92,7 +92,7 @@ def _lookup_skill(
     def item(rng: random.Random) -> Item:
         *shown, (question, answer) = [draw(rng) for _ in range(rng.randint(2, 3))]
         context = f"{name}: " + "".join(f"{q} {a}; " for q, a in shown) + question
-        return _choose(rng, context, answer, wrong(rng, answer))
+        return choose(rng, context, answer, wrong(rng, answer))
 
     return Skill(name, weight, line, item)
 
@@ -114,7 +114,7 @@ def _recall_skill(world: World, weight: float) -> Skill:
         keys, table = draw(rng)
         asked = rng.choice(keys)
         context = "recall: " + ", ".join(f"{k} {table[k]}" for k in keys) + f"; {asked}"
-        return _choose(rng, context, table[asked], rng.sample([table[k] for k in keys if k != asked], NUM_CHOICES - 1))
+        return choose(rng, context, table[asked], rng.sample([table[k] for k in keys if k != asked], NUM_CHOICES - 1))
 
     return Skill("recall", weight, line, item)
 
@@ -136,7 +136,7 @@ def _pattern_skill(world: World, weight: float) -> Skill:
         shown = [period[i % len(period)] for i in range(num_words)]
         right = period[num_words % len(period)]
         others = [w for w in period if w != right] + rng.sample([w for w in world.nouns if w not in period], 3)
-        return _choose(rng, "pattern: " + " ".join(shown), right, others)
+        return choose(rng, "pattern: " + " ".join(shown), right, others)
 
     return Skill("pattern", weight, line, item)
 

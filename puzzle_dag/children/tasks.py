@@ -1,0 +1,158 @@
+"""The local lm-eval tasks: graded skills, and a cloze and perplexity on standard-library code nobody trained on.
+
+Each task is a YAML file beside its JSON-lines data, so that `lm_eval --include_path FOLDER --tasks skill_copy`
+reads them as well. Parent and children are graded on the same items, a pure function of the seed.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from puzzle_dag.corpus.skills import Item, build_skills, choose
+from puzzle_dag.corpus.tokens import read_stdlib_for
+from puzzle_dag.corpus.world import build_world
+from puzzle_dag.store import fingerprint, write_atomically
+
+VERSION = 1
+"""Version of the items; part of the asset's code version."""
+
+CLOZE = "stdlib_cloze"
+PERPLEXITY = "stdlib_perplexity"
+SKILL_PREFIX = "skill_"
+
+_MAX_DOCUMENTS = 64
+_DOCUMENT_CHARACTERS = 700
+_CLOZE_LINES = 8
+_CLOZE_PER_FILE = 12
+_IDENTIFIER = re.compile(r"(?<= )[A-Za-z_][A-Za-z0-9_]{2,}")
+_WORDS = frozenset(
+    "and assert async await break class continue def del elif else except finally for from global import lambda None nonlocal not "
+    "pass raise return True False try while with yield the The this that with for are was not can has you but will all from".split()
+)
+
+
+class UnknownTaskError(ValueError):
+    """A local task that there is no generator for."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskFiles:
+    """A folder of local tasks."""
+
+    folder: Path
+    """Folder for lm-eval's `include_path`."""
+    names: tuple[str, ...]
+    """The tasks in it."""
+    digest: str
+    """Digest of all items and task definitions, free of paths."""
+
+
+def is_local(name: str) -> bool:
+    """Say whether a task is one of ours; every other name is looked up among lm-eval's own."""
+    return name in (CLOZE, PERPLEXITY) or name.startswith(SKILL_PREFIX)
+
+
+def _skill_items(name: str, num_items: int, world_seed: int, seed: int) -> list[Item]:
+    skills = {s.name: s for s in build_skills(build_world(world_seed))}
+    skill = skills.get(name.removeprefix(SKILL_PREFIX))
+    if skill is None:
+        there = ", ".join([*(SKILL_PREFIX + s for s in skills), CLOZE, PERPLEXITY])
+        raise UnknownTaskError(f"accuracy.tasks: {name!r} is unknown; the local tasks are {there}")
+    rng = random.Random(f"lm-eval/{name}/{seed}")
+    return [skill.item(rng) for _ in range(num_items)]
+
+
+def _cloze_candidates(text: str, rng: random.Random) -> Iterator[Item]:
+    """Yield questions on one file: which identifier comes next, among four that the lines before hold."""
+    starts = [0, *(m.end() for m in re.finditer("\n", text))]
+    places = [m for m in _IDENTIFIER.finditer(text) if m.group() not in _WORDS]
+    rng.shuffle(places)
+    for place in places:
+        line = sum(1 for s in starts if s <= place.start()) - 1
+        if line < _CLOZE_LINES or "#" in text[starts[line] : place.start()]:
+            continue
+        context = text[starts[line - _CLOZE_LINES] : place.start() - 1]
+        others = [w for w in dict.fromkeys(_IDENTIFIER.findall(context)) if w not in _WORDS and w != place.group()]
+        # the right answer must have been seen, like the wrong ones: otherwise novelty alone gives it away
+        if place.group() not in _IDENTIFIER.findall(context) or len(others) < 3 or not context.strip():
+            continue
+        yield choose(rng, context, place.group(), rng.sample(others, 3))
+
+
+def _cloze_items(num_items: int, seed: int) -> list[Item]:
+    rng = random.Random(f"lm-eval/{CLOZE}/{seed}")
+    items: list[Item] = []
+    per_file = _CLOZE_PER_FILE
+    texts = [text for _, text in read_stdlib_for("grade")]
+    for text in texts:
+        for item, _ in zip(_cloze_candidates(text, rng), range(per_file), strict=False):
+            items.append(item)
+    if len(items) < num_items:
+        raise ValueError(f"accuracy.num_items: {num_items} asked, the held-out standard library gives {len(items)} cloze items; ask for fewer")
+    rng.shuffle(items)
+    return items[:num_items]
+
+
+def _perplexity_documents(seed: int) -> list[str]:
+    rng = random.Random(f"lm-eval/{PERPLEXITY}/{seed}")
+    pieces: list[str] = []
+    for _, text in read_stdlib_for("grade"):
+        starts = [m.end() for m in re.finditer("\n\n", text) if m.end() + _DOCUMENT_CHARACTERS <= len(text)]
+        pieces.extend(text[s : s + _DOCUMENT_CHARACTERS] for s in sorted(rng.sample(starts, min(2, len(starts)))))
+    rng.shuffle(pieces)
+    return pieces[:_MAX_DOCUMENTS]
+
+
+def _rows(name: str, num_items: int, world_seed: int, seed: int) -> list[dict[str, Any]]:
+    if name == PERPLEXITY:
+        return [{"text": text} for text in _perplexity_documents(seed)]
+    items = _cloze_items(num_items, seed) if name == CLOZE else _skill_items(name, num_items, world_seed, seed)
+    return [{"context": i.context, "choices": list(i.choices), "answer": i.answer} for i in items]
+
+
+def _definition(name: str) -> dict[str, Any]:
+    """Return the task's definition without its data."""
+    common = {"task": name, "dataset_path": "json", "test_split": "test", "metadata": {"version": VERSION}}
+    if name == PERPLEXITY:
+        metric = {"metric": "bits_per_byte", "aggregation": "bits_per_byte", "higher_is_better": False}
+        return common | {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "text", "metric_list": [metric]}
+    return common | {
+        "output_type": "multiple_choice",
+        "doc_to_text": "context",
+        "doc_to_choice": "choices",
+        "doc_to_target": "answer",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def write_tasks(names: Sequence[str], folder: Path, *, num_items: int, world_seed: int, seed: int = 0) -> TaskFiles:
+    """Write the local ones of `names` into `folder`; hub tasks are left to lm-eval.
+
+    Args:
+        names: task names as in a profile.
+        folder: where the files go; each is written atomically.
+        num_items: items a multiple-choice task.
+        world_seed: seed of the invented world that the skills ask about; the parent's.
+        seed: seed of the items.
+
+    Raises:
+        UnknownTaskError: a `skill_` task that there is no skill for.
+        ValueError: the held-out library has fewer cloze items than asked for.
+    """
+    local = tuple(name for name in names if is_local(name))
+    content: dict[str, Any] = {}
+    for name in local:
+        rows, definition = _rows(name, num_items, world_seed, seed), _definition(name)
+        content[name] = {"rows": rows, "definition": definition}
+        data = (folder / f"{name}.jsonl").resolve()
+        write_atomically(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        located = definition | {"dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str((folder / "cache").resolve())}}
+        write_atomically(folder / f"{name}.yaml", yaml.safe_dump(located, sort_keys=False))
+    return TaskFiles(folder, local, fingerprint(content))

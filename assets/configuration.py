@@ -1,0 +1,51 @@
+"""Configuration assets: what a person wrote, validated and resolved; the refresh runs them only where that changed."""
+
+from typing import Any
+
+import dagster as dg
+
+from assets.materialise import materialised, partition_of
+from assets.partitions import NO_PARTITIONS
+from assets.plan import Plan
+from assets.watches import watch
+from resources.workspace import Workspace
+
+
+def _configuration_asset(plan: Plan, name: str, metadata: Any = None, **options: Any) -> dg.AssetsDefinition:
+    @dg.asset(**plan.options(name, kinds=("yaml",), **options))
+    def read_configuration(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        value = watch(plan, workspace, name, partition_of(context))
+        return materialised(context, plan, workspace, value, metadata=metadata(value) if metadata else {"value": dg.MetadataValue.json(value)})
+
+    return read_configuration
+
+
+def _space_metadata(value: dict[str, Any]) -> dict[str, Any]:
+    num_pairs = len(value["attention"]) * len(value["ffn"])
+    return {"attention": ", ".join(value["attention"]), "ffn": ", ".join(value["ffn"]), "num_pairs": num_pairs}
+
+
+def configuration_assets(plan: Plan) -> list[dg.AssetsDefinition]:
+    """Return corpus, parent, search_space, cost_variants, target_spec and scenario_spec."""
+    parts = plan.partitions
+    return [
+        _configuration_asset(plan, "corpus", description="The text: settings, and what the text itself hangs on (Python's version, file digests)."),
+        _configuration_asset(plan, "parent", description="The model to compress: its source and the digest of each file of the checkpoint."),
+        _configuration_asset(
+            plan, "search_space", _space_metadata, partitions=parts.layers, description="The variants that one layer may take, overrides resolved."
+        ),
+        _configuration_asset(
+            plan,
+            "cost_variants",
+            lambda value: {"attention": ", ".join(value["attention"]), "ffn": ", ".join(value["ffn"])},
+            # The edge is drawn, but only a change of the union makes this stale: refresh compares the union itself.
+            deps=[plan.dep("search_space", NO_PARTITIONS)],
+            description="Sorted union of the variants over the layers: what costs must be known for.",
+        ),
+        _configuration_asset(
+            plan, "target_spec", partitions=parts.targets, description="Hardware, engine, mode and workload that costs are measured for."
+        ),
+        _configuration_asset(
+            plan, "scenario_spec", partitions=parts.scenarios, description="The constraints of one deployment (conf/scenarios/NAME.yaml)."
+        ),
+    ]

@@ -1,0 +1,33 @@
+"""Dagster's way in: the definitions of one profile are one code location.
+
+workspace.yaml names the profile as the attribute of this module, so that each location loads its own profile and
+only that; `defs` is the profile named by $PUZZLE_DAG_PROFILE.
+"""
+
+import os
+
+import dagster as dg
+
+from assets.configuration import configuration_assets
+from assets.plan import Plan, make_plan
+from resources.workspace import Workspace, project_root
+
+PROFILE_VARIABLE = "PUZZLE_DAG_PROFILE"
+DEFAULT_PROFILE = "tiny"
+
+
+def build_definitions(plan: Plan) -> dg.Definitions:
+    """Return the definitions of one profile."""
+    return dg.Definitions(
+        assets=[*configuration_assets(plan)],
+        resources={"workspace": Workspace(root=str(plan.root), profile=plan.profile.name)},
+        executor=dg.in_process_executor,
+    )
+
+
+def __getattr__(name: str) -> dg.Definitions:
+    """Return the definitions of the profile `name` (`defs`: of $PUZZLE_DAG_PROFILE), made when they are asked for."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    profile = os.environ.get(PROFILE_VARIABLE, DEFAULT_PROFILE) if name == "defs" else name
+    return build_definitions(make_plan(project_root(), profile))

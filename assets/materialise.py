@@ -1,0 +1,61 @@
+"""What every asset does last: put its record on the shelf and tell Dagster the DataVersion and the metadata."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.plan import Plan
+from assets.watches import watch
+from puzzle_dag.store import fingerprint
+from resources.workspace import Workspace
+
+
+def partition_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> str | None:
+    """Return the partition that runs, or None for an unpartitioned asset."""
+    return context.partition_key if context.has_partition_key else None
+
+
+def materialised(
+    context: dg.AssetExecutionContext,
+    plan: Plan,
+    workspace: Workspace,
+    value: dict[str, Any],
+    *,
+    data_version: str | None = None,
+    files: Iterable[Path] = (),
+    metadata: Mapping[str, Any] | None = None,
+) -> dg.MaterializeResult:
+    """Put `value` on the shelf and return what Dagster is told.
+
+    Args:
+        context: of the running asset.
+        plan: the profile's plan.
+        workspace: the profile's folders.
+        value: what the assets that follow read; JSON.
+        data_version: digest of what was made; by default the fingerprint of `value`.
+        files: files that the value speaks of.
+        metadata: shown in the UI.
+    """
+    name, partition = context.asset_key.path[-1], partition_of(context)
+    version = data_version or fingerprint(value)
+    watched = watch(plan, workspace, name, partition)
+    workspace.shelf.put(name, partition, value, data_version=version, files=files, watched=watched)
+    return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=dict(metadata or {}))
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:
+    """Return rows as a Markdown table; numbers with four digits."""
+    if not rows:
+        return dg.MetadataValue.md("(no rows)")
+    columns = list(rows[0])
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(_cell(row.get(c)) for c in columns) + " |" for row in rows]
+    return dg.MetadataValue.md("\n".join(lines))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,91 @@
+"""What all asset definitions of one profile share: its settings, its parent's shape, keys, partitions and options."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.partitions import Partitions
+from assets.versions import stage_version
+from puzzle_dag.config import Profile, read_profile
+from puzzle_dag.store import fingerprint
+
+DEVICE_POOL = "device"
+OWNERS = ["team:compression"]
+
+GROUPS = {
+    "1_configuration": ("corpus", "parent", "search_space", "cost_variants", "target_spec", "scenario_spec"),
+    "2_parent": ("tokens", "parent_activations", "parent_accuracy", "parent_serving"),
+    "3_library": ("block_library",),
+    "4_scores": ("block_scores", "layer_group", "score_table"),
+    "5_costs": ("block_costs", "cost_table"),
+    "6_search": ("solution",),
+    "7_children": ("child", "uptrained_child", "accuracy", "serving"),
+    "8_results": ("frontier", "tables"),
+}
+"""Groups in the order that data flows through them, which is the order the UI sorts them in."""
+
+_GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One profile, as its definitions see it."""
+
+    root: Path
+    """The project's root."""
+    profile: Profile
+    """Settings, as read when the definitions were made."""
+    shape: Any
+    """The parent's PuzzleDagConfig, read without its weights."""
+    partitions: Partitions
+    """Partition sets."""
+
+    def key(self, name: str) -> dg.AssetKey:
+        """Return an asset's key, prefixed with the profile's name."""
+        return dg.AssetKey([self.profile.name, name])
+
+    def dep(self, name: str, mapping: dg.PartitionMapping | None = None) -> dg.AssetDep:
+        """Return a dependency on another asset of this profile."""
+        return dg.AssetDep(self.key(name), partition_mapping=mapping)
+
+    def options(
+        self,
+        name: str,
+        *,
+        description: str,
+        deps: Sequence[str | dg.AssetDep] = (),
+        stages: Sequence[str] = (),
+        settings: Any = None,
+        partitions: dg.PartitionsDefinition | None = None,
+        kinds: Sequence[str] = ("python",),
+        device: bool = False,
+    ) -> dict[str, Any]:
+        """Return what every asset gives to `dg.asset`.
+
+        `code_version` says what code and which of the profile's settings make the asset: the VERSION of each stage
+        module it calls and the fingerprint of `settings`, so that an edited budget makes exactly its asset stale.
+        """
+        code = {"stages": {s: stage_version(s) for s in stages}, "settings": settings}
+        return {
+            "key": self.key(name),
+            "deps": [self.dep(d) if isinstance(d, str) else d for d in deps],
+            "code_version": ".".join([*(f"{s.rpartition('.')[2]}{v}" for s, v in code["stages"].items()), fingerprint(code)[:12]]),
+            "partitions_def": partitions,
+            "group_name": _GROUP_OF[name],
+            "kinds": set(kinds),
+            "owners": OWNERS,
+            "description": description,
+            "pool": DEVICE_POOL if device else None,
+        }
+
+
+def make_plan(root: Path, profile_name: str) -> Plan:
+    """Read a profile and its parent's config.json. Raises ConfigError, UnsupportedFamilyError."""
+    from puzzle_dag.model.parent import read_parent_shape
+
+    profile = read_profile(root / "conf", profile_name)
+    shape = read_parent_shape(profile.parent, root)
+    return Plan(root, profile, shape, Partitions.of(profile.name, shape.num_hidden_layers))

@@ -1,0 +1,198 @@
+"""The refresh: bring everything that is stale up to date, and nothing else.
+
+One pass over the assets in topological order. When an asset's turn comes, all that it depends on is final, so each of
+its partitions is judged exactly once: it waits if something it is made from is not up to date (failed, waiting, not
+selected, or a blocking check did not pass), it runs if it is stale, it is left alone otherwise.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import dagster as dg
+
+from assets.plan import Plan
+from assets.staleness import Item, Staleness
+from assets.watches import GATHERERS
+from resources.workspace import Workspace
+
+_LOG = logging.getLogger(__name__)
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
+
+State = Literal["fresh", "ran", "stale", "failed", "waits"]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a refresh found of one item, and did."""
+
+    item: Item
+    """The asset or partition."""
+    state: State
+    """`stale` is only seen in a dry run or outside the selection."""
+    reasons: tuple[str, ...] = ()
+    """Why it ran, failed or waits."""
+    seconds: float = 0.0
+    """Time it took."""
+
+
+@dataclass(slots=True)
+class RefreshRecord:
+    """What a refresh did, in order."""
+
+    outcomes: list[Outcome] = field(default_factory=list)
+    """One entry an item."""
+    seconds: float = 0.0
+    """Time of the whole refresh."""
+
+    def of(self, state: State) -> list[Outcome]:
+        """Return the outcomes of one state."""
+        return [o for o in self.outcomes if o.state == state]
+
+    @property
+    def ran(self) -> list[str]:
+        """Names of the items that ran: "block_library[L03]"."""
+        return [str(o.item) for o in self.of("ran")]
+
+    @property
+    def ok(self) -> bool:
+        """Say whether nothing failed and nothing waits."""
+        return not (self.of("failed") or self.of("waits"))
+
+
+def sync_partitions(plan: Plan, instance: dg.DagsterInstance) -> None:
+    """Make the dynamic partition sets what the profile names: new targets and scenarios in, former ones out."""
+    for definition, names in ((plan.partitions.targets, plan.profile.targets), (plan.partitions.scenarios, plan.profile.scenarios)):
+        assert definition.name is not None
+        there = set(instance.get_dynamic_partitions(definition.name))
+        instance.add_dynamic_partitions(definition.name, [n for n in names if n not in there])
+        for name in there - set(names):
+            instance.delete_dynamic_partition(definition.name, name)
+
+
+class Refresh:
+    """One refresh of one profile."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        definitions: dg.Definitions,
+        instance: dg.DagsterInstance,
+        *,
+        select: Collection[str] = (),
+        remake: Collection[str] = (),
+        max_attempts: int = 2,
+        on_outcome: Callable[[Outcome], None] = lambda _: None,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            plan: the profile's plan, from which `definitions` were made.
+            definitions: the profile's assets.
+            instance: the Dagster instance that knows what was materialised.
+            select: names of assets that may run, or "asset[partition]"; all if empty.
+            remake: items that run even where they are fresh.
+            max_attempts: runs of an item before it counts as failed; a ValueError (bad input, no solution) is not retried.
+            on_outcome: called with each item that ran, failed or waits, as it happens.
+
+        Raises:
+            ValueError: `select` or `remake` names no asset.
+        """
+        self._plan, self._instance = plan, instance
+        self._workspace = Workspace(root=str(plan.root), profile=plan.profile.name)
+        self._job = definitions.resolve_implicit_global_asset_job_def()
+        self._staleness = Staleness(plan, self._job, instance, self._workspace)
+        self._select, self._remake, self._max_attempts, self._on_outcome = set(select), set(remake), max_attempts, on_outcome
+        assets = self._staleness.assets()
+        for name in (*self._select, *self._remake):
+            if name.partition("[")[0] not in assets:
+                raise ValueError(f"there is no asset {name!r}; there are: {', '.join(assets)}")
+        self._record = RefreshRecord()
+        self._unsettled: dict[Item, str] = {}
+
+    def run(self, *, dry: bool = False) -> RefreshRecord:
+        """Refresh, or with `dry` only say what is stale. Raises ConfigError before anything runs."""
+        start_s = time.perf_counter()
+        sync_partitions(self._plan, self._instance)
+        for asset in self._staleness.assets():
+            for item, reasons in self._staleness.reasons(self._staleness.items(asset)).items():
+                self._settle(item, reasons, dry)
+        self._record.seconds = time.perf_counter() - start_s
+        return self._record
+
+    def _settle(self, item: Item, reasons: list[str], dry: bool) -> None:
+        waits_for = [p for p in self._staleness.parents(item) if p in self._unsettled]
+        if waits_for and not self._may_gather(item, waits_for):
+            because = tuple(f"waits for {p} ({self._unsettled[p]})" for p in waits_for[:3])
+            self._note(Outcome(item, "stale" if dry and all(self._unsettled[p] == "stale" for p in waits_for) else "waits", because))
+            return
+        if self._among(item, self._remake):
+            reasons = [*reasons, "asked for"]
+        if not reasons:
+            self._note(Outcome(item, "fresh"))
+        elif dry or (self._select and not self._among(item, self._select)):
+            self._note(Outcome(item, "stale", tuple(reasons)))
+        else:
+            self._note(self._execute(item, reasons))
+        failed = self._staleness.failed_checks(item) if item not in self._unsettled else []
+        if failed:
+            self._unsettled[item] = f"check {', '.join(failed)} did not pass"
+
+    def _may_gather(self, item: Item, waits_for: list[Item]) -> bool:
+        # What failed stays failed, so a gatherer takes what there is; what is merely not selected, it waits for.
+        return item.asset in GATHERERS and all(self._unsettled[p] != "stale" for p in waits_for)
+
+    def _among(self, item: Item, names: set[str]) -> bool:
+        return item.asset in names or str(item) in names
+
+    def _note(self, outcome: Outcome) -> None:
+        self._record.outcomes.append(outcome)
+        if outcome.state in ("failed", "waits", "stale"):
+            self._unsettled[outcome.item] = outcome.state
+        if outcome.state != "fresh":
+            self._on_outcome(outcome)
+
+    def _execute(self, item: Item, reasons: list[str]) -> Outcome:
+        start_s = time.perf_counter()
+        for attempt in range(1, self._max_attempts + 1):
+            try:
+                self._job.execute_in_process(
+                    instance=self._instance,
+                    asset_selection=[self._plan.key(item.asset)],
+                    partition_key=item.partition,
+                    run_config=_QUIET,
+                    raise_on_error=True,
+                    tags={"puzzle_dag/refresh": self._plan.profile.name},
+                )
+                return Outcome(item, "ran", tuple(reasons), time.perf_counter() - start_s)
+            except Exception as error:
+                _LOG.warning("%s failed (attempt %d of %d)", item, attempt, self._max_attempts, exc_info=not isinstance(error, ValueError))
+                problem = f"{type(error).__name__}: {error}"
+                if isinstance(error, ValueError | dg.DagsterAssetCheckFailedError):
+                    break
+        return Outcome(item, "failed", (problem,), time.perf_counter() - start_s)
+
+
+def refresh(
+    root: Path,
+    profile: str,
+    instance: dg.DagsterInstance,
+    *,
+    select: Collection[str] = (),
+    remake: Collection[str] = (),
+    dry: bool = False,
+    on_outcome: Callable[[Outcome], None] = lambda _: None,
+) -> RefreshRecord:
+    """Bring a profile up to date on an instance; see `Refresh`.
+
+    Raises:
+        ConfigError: a configuration file is wrong; nothing ran.
+    """
+    from assets.definitions import build_definitions
+    from assets.plan import make_plan
+
+    plan = make_plan(root, profile)
+    return Refresh(plan, build_definitions(plan), instance, select=select, remake=remake, on_outcome=on_outcome).run(dry=dry)

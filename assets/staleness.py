@@ -1,0 +1,124 @@
+"""What is stale, and why: Dagster's own check a partition, plus what Dagster can't see.
+
+Dagster compares DataVersions and code versions along the edges; files, deleted artifacts and wide fan-ins it doesn't
+see. `CachingStaleStatusResolver` is private, which is why Dagster is pinned; it caches, so a new one is made
+whenever something may have been materialised since.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import dagster as dg
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleCause, StaleStatus
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.event_api import PartitionKeyFilter
+from dagster._core.loader import LoadingContext
+from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord, AssetCheckExecutionRecordStatus
+
+from assets.plan import Plan
+from assets.watches import WATCHES, watch
+from puzzle_dag.store import fingerprint
+from resources.workspace import Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing that can be stale: an asset, or one partition of it."""
+
+    asset: str
+    """Name without the profile's prefix."""
+    partition: str | None = None
+    """Partition key, or None for an unpartitioned asset."""
+
+    def __str__(self) -> str:
+        return self.asset if self.partition is None else f"{self.asset}[{self.partition}]"
+
+
+class _Loading(LoadingContext):
+    """What Dagster's resolver loads records through; its cache lives as long as one resolver."""
+
+    def __init__(self, instance: dg.DagsterInstance) -> None:
+        self._instance = instance
+        self._loaders: dict = {}
+
+    @property
+    def instance(self) -> dg.DagsterInstance:
+        return self._instance
+
+    @property
+    def loaders(self) -> dict:
+        return self._loaders
+
+
+class Staleness:
+    """Questions about one profile's assets on one instance."""
+
+    def __init__(self, plan: Plan, job: dg.JobDefinition, instance: dg.DagsterInstance, workspace: Workspace) -> None:
+        """Ask about the assets of `job`, the implicit job of the profile's definitions."""
+        self._plan, self._instance, self._workspace = plan, instance, workspace
+        self._graph = job.asset_layer.asset_graph
+        self._checks = {
+            key: [c for c in self._graph.asset_check_keys if c.asset_key == key and self._graph.get(c).blocking] for key in self._graph.get_all_asset_keys()
+        }
+
+    def assets(self) -> list[str]:
+        """Return the assets' names, each after those that it depends on."""
+        return [key.path[-1] for key in self._graph.toposorted_asset_keys if self._graph.get(key).is_materializable]
+
+    def items(self, asset: str) -> list[Item]:
+        """Return an asset's partitions of today."""
+        partitions = self._graph.get(self._plan.key(asset)).partitions_def
+        if partitions is None:
+            return [Item(asset)]
+        return [Item(asset, key) for key in partitions.get_partition_keys(dynamic_partitions_store=self._instance)]
+
+    def parents(self, item: Item) -> list[Item]:
+        """Return what an item is made from, by partition."""
+        with partition_loading_context(dynamic_partitions_store=self._instance):
+            found = self._graph.get_parents_partitions(self._plan.key(item.asset), item.partition).parent_partitions
+        return [Item(p.asset_key.path[-1], p.partition_key) for p in found]
+
+    def reasons(self, items: Sequence[Item]) -> dict[Item, list[str]]:
+        """Return for each item why it must run; an empty list says that it needn't. Raises ConfigError."""
+        resolver = CachingStaleStatusResolver(self._instance, self._graph, _Loading(self._instance))
+        return {item: self._reasons(resolver, item) for item in items}
+
+    def _reasons(self, resolver: CachingStaleStatusResolver, item: Item) -> list[str]:
+        key = self._plan.key(item.asset)
+        status = resolver.get_status(key, item.partition)
+        if status == StaleStatus.MISSING:
+            return ["was never materialized"]
+        reasons = [_words(cause) for cause in resolver.get_stale_causes(key, item.partition)] if status == StaleStatus.STALE else []
+        record = self._workspace.shelf.find(item.asset, item.partition)
+        if record is None:
+            return [*reasons, "its record is gone"]
+        if record.data_version != resolver.get_current_data_version(key, item.partition).value:
+            reasons.append("its record is not of the latest materialization")
+        gone = self._workspace.shelf.gone(record)
+        if gone is not None:
+            reasons.append(f"{gone} is gone or was changed")
+        if item.asset in WATCHES and fingerprint(watch(self._plan, self._workspace, item.asset, item.partition)) != record.watched:
+            reasons.append("what it reads has changed")
+        return reasons
+
+    def failed_checks(self, item: Item) -> list[str]:
+        """Return the names of the blocking checks whose latest run on this item did not pass."""
+        checks = self._checks[self._plan.key(item.asset)]
+        if not checks:
+            return []
+        latest = self._instance.event_log_storage.get_latest_asset_check_execution_by_key(checks, PartitionKeyFilter(key=item.partition))
+        return [key.name for key, record in latest.items() if not _passed(record)]
+
+
+def _passed(record: AssetCheckExecutionRecord) -> bool:
+    if record.status == AssetCheckExecutionRecordStatus.FAILED and record.event is not None and record.event.dagster_event is not None:
+        return bool(record.event.dagster_event.asset_check_evaluation_data.severity != dg.AssetCheckSeverity.ERROR)
+    # PLANNED: the check was to run and crashed before it could say anything.
+    return record.status == AssetCheckExecutionRecordStatus.SUCCEEDED
+
+
+def _words(cause: StaleCause) -> str:
+    if cause.dependency is None:
+        return cause.reason
+    partition = cause.dependency.partition_key
+    return f"{cause.reason}: {Item(cause.dependency.asset_key.path[-1], partition)}"

@@ -1,0 +1,169 @@
+"""What an asset reads that no Dagster edge tells of: configuration files, and fan-ins too wide or too coarse for one.
+
+Each watch returns a JSON value. Its fingerprint is kept in the record of a materialisation; where the value of today
+has another one, the refresh runs the asset again. For a configuration asset the watch is the asset's whole value.
+
+- `cost_variants` hangs on every layer's space, but only on their union.
+- `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.
+- `cost_table`, `frontier` and `tables` gather what there is, so a partition that went away counts, too.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from assets.plan import Plan
+from puzzle_dag.architecture import LayerSpace, layer_index, variant_union
+from puzzle_dag.config import BundledCorpus, ConfigError, Profile, TextCorpus, resolve_space
+from puzzle_dag.store import digest_file, write_atomically
+from resources.workspace import Workspace
+
+Watch = Callable[[Plan, Workspace, str | None], Any]
+
+_CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def _digest_files(paths: list[Path], memory: Path) -> dict[str, str]:
+    """Return name -> digest; a file whose size and time of change are those of the last time is not read again."""
+    known = json.loads(memory.read_text()) if memory.exists() else {}
+    seen = {}
+    for path in paths:
+        stat = path.stat()
+        mark = f"{stat.st_size}/{stat.st_mtime_ns}"
+        old_mark, digest = known.get(str(path), ("", ""))
+        seen[str(path)] = (mark, digest if mark == old_mark else digest_file(path))
+    if seen != {k: tuple(v) for k, v in known.items()}:
+        write_atomically(memory, json.dumps(seen))
+    return {path.name: seen[str(path)][1] for path in paths}
+
+
+def watch_parent(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
+    """Return the parent's source and, for a local folder, the digest of every file of the checkpoint."""
+    source = workspace.read_profile().parent
+    if source.path is None:
+        return {"source": source.model_dump()}
+    folder = workspace.root_folder / source.path
+    files = sorted({p for pattern in _CHECKPOINT_FILES for p in folder.glob(pattern)})
+    # training.json and the like tell about the checkpoint; they are not the checkpoint
+    files = [p for p in files if p.name not in ("training.json", "README.md")]
+    return {"source": source.model_dump(), "files": _digest_files(files, workspace.var / "hashes" / "parent.json")}
+
+
+def watch_corpus(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
+    """Return the corpus's settings and what its text hangs on: Python's version, or the digest of every file."""
+    corpus = workspace.read_profile().corpus
+    value: dict[str, Any] = {"settings": corpus.model_dump()}
+    if isinstance(corpus, BundledCorpus):
+        from puzzle_dag.corpus.stdlib import python_version
+
+        value["python_version"] = python_version()
+    elif isinstance(corpus, TextCorpus) and corpus.files is not None:
+        paths = sorted(workspace.root_folder.glob(corpus.files))
+        if not paths:
+            raise ConfigError(f"corpus.files: {corpus.files} matches no file below the project's root; give another glob")
+        value["files"] = _digest_files(paths, workspace.var / "hashes" / "corpus.json")
+    return value
+
+
+def layer_spaces(plan: Plan, profile: Profile) -> list[LayerSpace]:
+    """Return the resolved space of every layer. Raises ConfigError."""
+    shape = {"kv_heads": plan.shape.num_key_value_heads, "intermediate_size": plan.shape.intermediate_size}
+    num_layers = plan.shape.num_hidden_layers
+    return [resolve_space(profile.search_space, layer=i, num_layers=num_layers, **shape) for i in range(num_layers)]
+
+
+def space_to_json(space: LayerSpace) -> dict[str, list[str]]:
+    """Return a space as canonical names."""
+    return {"attention": [a.name for a in space.attentions], "ffn": [f.name for f in space.ffns]}
+
+
+def watch_search_space(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
+    """Return one layer's resolved space."""
+    assert partition is not None
+    return space_to_json(layer_spaces(plan, workspace.read_profile())[layer_index(partition)])
+
+
+def watch_cost_variants(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
+    """Return the sorted union of the layers' variants, and the shape of the model that they are measured in."""
+    attentions, ffns = variant_union(layer_spaces(plan, workspace.read_profile()))
+    ignored = ("transformers_version", "dtype", "_name_or_path", "architectures")
+    shape = {k: v for k, v in json.loads(plan.shape.to_json_string(use_diff=False)).items() if k not in ignored}
+    return {"attention": [a.name for a in attentions], "ffn": [f.name for f in ffns], "shape": shape}
+
+
+def watch_target_spec(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
+    """Return one target, validated."""
+    assert partition is not None
+    return workspace.read_target(partition).model_dump(mode="json")
+
+
+def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
+    """Return one scenario, validated. Raises ConfigError where its target is not one of the profile's."""
+    assert partition is not None
+    scenario, targets = workspace.read_scenario(partition), workspace.read_profile().targets
+    if scenario.target not in targets:
+        raise ConfigError(
+            f"scenario {partition}: target {scenario.target!r} is not measured by profile {plan.profile.name}; "
+            f"use one of {', '.join(targets)}, or add it to the profile's targets"
+        )
+    return scenario.model_dump(mode="json")
+
+
+def watch_uptrain_budget(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
+    """Return how long a scenario's child is healed."""
+    assert partition is not None
+    return workspace.read_scenario(partition).uptrain.model_dump()
+
+
+def watch_serving_target(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
+    """Return which target a scenario's child is measured on."""
+    assert partition is not None
+    return {"target": workspace.read_scenario(partition).target}
+
+
+def _versions(workspace: Workspace, asset: str, partitions: tuple[str, ...] | None = None) -> dict[str, str]:
+    """Return what is on the shelf of an asset: partition -> DataVersion, value and all."""
+    found = {p: workspace.shelf.find(asset, p) for p in partitions or (None,)}
+    return {p or "": r.value_digest for p, r in found.items() if r is not None}
+
+
+def watch_cost_table(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
+    """Return the costs of the targets that the profile names today."""
+    return _versions(workspace, "block_costs", workspace.read_profile().targets)
+
+
+def watch_frontier(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
+    """Return all that is known of the scenarios that the profile names today."""
+    assets = ("scenario_spec", "solution", "uptrained_child", "accuracy", "serving")
+    return {asset: _versions(workspace, asset, workspace.read_profile().scenarios) for asset in assets}
+
+
+def watch_tables(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
+    """Return what the tables are made of."""
+    return {asset: _versions(workspace, asset) for asset in ("score_table", "cost_table", "frontier")}
+
+
+WATCHES: dict[str, Watch] = {
+    "parent": watch_parent,
+    "corpus": watch_corpus,
+    "search_space": watch_search_space,
+    "cost_variants": watch_cost_variants,
+    "target_spec": watch_target_spec,
+    "scenario_spec": watch_scenario_spec,
+    "uptrained_child": watch_uptrain_budget,
+    "serving": watch_serving_target,
+    "cost_table": watch_cost_table,
+    "frontier": watch_frontier,
+    "tables": watch_tables,
+}
+"""Asset -> its watch."""
+
+GATHERERS = frozenset({"cost_table", "frontier", "tables"})
+"""Assets that gather what there is: one failed scenario doesn't keep the others out of the table."""
+
+
+def watch(plan: Plan, workspace: Workspace, asset: str, partition: str | None) -> Any:
+    """Return what an asset reads beside its upstream assets, or None where that is nothing. Raises ConfigError."""
+    look = WATCHES.get(asset)
+    return None if look is None else look(plan, workspace, partition)

@@ -1,0 +1,102 @@
+"""From measured models to the cost of each variant: one robust, non-negative regression a batch size and phase.
+
+The time of a model is the engine's constant plus the sum of its pieces' times (additivity holds within a few
+percent on real engines). Residuals are relative, since noise grows with the time measured. Outliers are engines
+that something disturbed, which only ever makes them slower, so a slow residual loses weight sooner than a fast one.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+_SLOW_LIMIT = 1.0
+_FAST_LIMIT = 2.0
+_SMALLEST_SCALE = 1e-3
+_ROUNDS = 50
+_MAD_TO_SIGMA = 1.4826
+
+Vector = NDArray[np.float64]
+
+
+class UnidentifiedCostError(ValueError):
+    """The measured models don't tell some unknowns apart."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Seconds of each unknown and of the engine's constant, with standard errors."""
+
+    seconds: Vector
+    """One an unknown, none negative."""
+    constant_s: float
+    """The intercept: what a model without any block would take."""
+    errors: Vector
+    """Standard error of each unknown's seconds; 0 where it was held at zero by the bound."""
+    constant_error_s: float
+    """Standard error of the constant."""
+    residual: float
+    """Robust relative spread of the measurements about the fit (1.4826 times the median absolute relative residual)."""
+
+
+def _solve_weighted(design: Vector, targets: Vector, weights: Vector) -> Vector:
+    """Return the non-negative least-squares solution. Columns are scaled to one first, which keeps it well conditioned."""
+    root = np.sqrt(weights)
+    rows = design * root[:, None]
+    scales = np.linalg.norm(rows, axis=0)
+    scales[scales == 0] = 1.0
+    solution: Vector = nnls(rows / scales, targets * root, maxiter=100 * design.shape[1])[0]
+    return solution / scales
+
+
+def _weigh(residuals: Vector, scale: float) -> Vector:
+    """Return Huber weights; a measurement slower than the fit is cut off at `_SLOW_LIMIT` scales, a faster one at `_FAST_LIMIT`."""
+    limits = np.where(residuals > 0, _SLOW_LIMIT, _FAST_LIMIT) * scale
+    return np.minimum(1.0, limits / np.maximum(np.abs(residuals), 1e-300))
+
+
+def _standard_errors(design: Vector, solution: Vector, weights: Vector, residuals: Vector) -> Vector:
+    """Return standard errors of the entries above zero, from the weighted normal equations."""
+    free = solution > 0
+    errors = np.zeros(design.shape[1])
+    num_spare = weights.sum() - free.sum()
+    if free.any() and num_spare > 0:
+        rows = design[:, free] * np.sqrt(weights)[:, None]
+        variance = float((weights * residuals**2).sum() / num_spare)
+        errors[free] = np.sqrt(variance * np.maximum(np.diag(np.linalg.pinv(rows.T @ rows)), 0.0))
+    return errors
+
+
+def fit_costs(counts: Vector, measured_s: Vector) -> Fit:
+    """Fit `measured_s ~ constant + counts @ seconds` with non-negative seconds, robustly (iteratively reweighted Huber).
+
+    Args:
+        counts: how often each unknown occurs in each measured model, [measurements, unknowns].
+        measured_s: seconds of each model, one engine each, [measurements].
+
+    Raises:
+        UnidentifiedCostError: the models don't tell the unknowns and the constant apart (say, all equally deep).
+        ValueError: a measurement is not positive and finite.
+    """
+    if not (np.isfinite(measured_s).all() and (measured_s > 0).all()):
+        raise ValueError(f"measured seconds must be positive and finite, got {measured_s.tolist()}")
+    full = np.hstack([counts, np.ones((len(counts), 1))])
+    rank = int(np.linalg.matrix_rank(full))
+    if rank < full.shape[1]:
+        raise UnidentifiedCostError(
+            f"{len(counts)} measurements tell only {rank} of {full.shape[1]} unknowns apart; measure models of other depths and mixes"
+        )
+    design, ones = full / measured_s[:, None], np.ones(len(measured_s))
+    weights = ones.copy()
+    for _ in range(_ROUNDS):
+        solution = _solve_weighted(design, ones, weights)
+        residuals = 1.0 - design @ solution
+        scale = max(_MAD_TO_SIGMA * float(np.median(np.abs(residuals))), _SMALLEST_SCALE)
+        updated = _weigh(residuals, scale)
+        if np.abs(updated - weights).max() < 1e-6:
+            break
+        weights = updated
+    errors = _standard_errors(design, solution, weights, residuals)
+    spread = _MAD_TO_SIGMA * float(np.median(np.abs(residuals)))
+    return Fit(solution[:-1], float(solution[-1]), errors[:-1], float(errors[-1]), spread)

@@ -1,0 +1,132 @@
+"""What a variant weighs, exactly, by arithmetic: parameters, bytes of weights, bytes of KV cache a token.
+
+The same formulas describe the modules of `puzzle_dag.model.modeling_puzzle_dag`; a test holds them together.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from puzzle_dag.architecture import FFN, Architecture, Attention
+from puzzle_dag.config import Target
+from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
+_QUANTIZED_BYTES = {"fp8": 1, "fp8_per_channel": 1, "fp8_per_tensor": 1}
+
+
+class UnknownDtypeError(ValueError):
+    """The bytes of a number type or of a quantisation are not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """What a piece of a model weighs."""
+
+    matrix_parameters: int = 0
+    """Numbers in the matrices of linear maps, which a quantisation shrinks."""
+    other_parameters: int = 0
+    """Numbers in embeddings, norms, biases and the head, which it leaves alone."""
+    kv_values_per_token: int = 0
+    """Keys and values that a token leaves in the cache."""
+
+    @property
+    def parameters(self) -> int:
+        """All parameters."""
+        return self.matrix_parameters + self.other_parameters
+
+    def __add__(self, other: "Size") -> "Size":
+        return Size(
+            self.matrix_parameters + other.matrix_parameters,
+            self.other_parameters + other.other_parameters,
+            self.kv_values_per_token + other.kv_values_per_token,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class NumberTypes:
+    """Bytes of a number in the weights, in quantised matrices and in the KV cache."""
+
+    weight: int = 2
+    matrix: int = 2
+    kv: int = 2
+
+    @staticmethod
+    def of(target: Target) -> "NumberTypes":
+        """Return the number types that a target serves with.
+
+        A quantisation's scales are not counted: one number a channel, under 0.1 % of a matrix with 2,000 rows or more.
+
+        Raises:
+            UnknownDtypeError: the target's `quantization` or `kv_cache_dtype` is none whose bytes are known here.
+        """
+        weight = _BYTES[target.dtype]
+        matrix = weight if target.quantization is None else _look_up(_QUANTIZED_BYTES, target, "quantization", target.quantization)
+        kv = weight if target.kv_cache_dtype == "auto" else _look_up(_BYTES, target, "kv_cache_dtype", target.kv_cache_dtype)
+        return NumberTypes(weight, matrix, kv)
+
+
+def _look_up(known: dict[str, int], target: Target, field: str, name: str) -> int:
+    if name not in known:
+        raise UnknownDtypeError(f"target {target.name!r}: field `{field}`: the bytes of {name!r} are not known; use one of {', '.join(known)}")
+    return known[name]
+
+
+def size_attention(shape: PuzzleDagConfig, variant: Attention) -> Size:
+    """Return what an attention variant weighs, its norm included."""
+    if variant.kind == "noop":
+        return Size()
+    hidden, head_dim = shape.hidden_size, shape.head_dim
+    if variant.kind == "linear":
+        return Size(hidden * hidden, hidden)
+    q_size, kv_size = shape.num_attention_heads * head_dim, variant.kv_heads * head_dim
+    biases = (q_size + 2 * kv_size) * shape.qkv_bias + hidden * shape.o_bias
+    return Size(2 * hidden * (q_size + kv_size), hidden + biases + 2 * head_dim * shape.qk_norm, 2 * kv_size)
+
+
+def size_ffn(shape: PuzzleDagConfig, variant: FFN) -> Size:
+    """Return what an FFN variant weighs, its norm included."""
+    if variant.kind == "noop":
+        return Size()
+    hidden, width = shape.hidden_size, variant.intermediate_size
+    if variant.kind == "linear":
+        return Size(hidden * hidden, hidden)
+    return Size(3 * hidden * width, hidden + (2 * width + hidden) * shape.mlp_bias)
+
+
+def size_constant(shape: PuzzleDagConfig) -> Size:
+    """Return what a model weighs beside its layers: embedding, final norm, and the head where it is not tied."""
+    num_tables = 1 if shape.tie_word_embeddings else 2
+    return Size(0, shape.vocab_size * shape.hidden_size * num_tables + shape.hidden_size)
+
+
+def size_model(shape: PuzzleDagConfig, architecture: Architecture) -> Size:
+    """Return what a model of `architecture` weighs."""
+    total = size_constant(shape)
+    for block in architecture:
+        total = total + size_attention(shape, block.attention) + size_ffn(shape, block.ffn)
+    return total
+
+
+def size_variant(shape: PuzzleDagConfig, place: Literal["attention", "ffn"], name: str) -> Size:
+    """Return what a variant weighs, by its name. Raises ValueError for a name that is not understood."""
+    return size_attention(shape, Attention.parse(name)) if place == "attention" else size_ffn(shape, FFN.parse(name))
+
+
+def count_weight_bytes(size: Size, types: NumberTypes) -> int:
+    """Return the bytes of the weights."""
+    return size.matrix_parameters * types.matrix + size.other_parameters * types.weight
+
+
+def count_kv_bytes_per_token(size: Size, types: NumberTypes) -> int:
+    """Return the bytes of KV cache that a token takes: 2 * KV heads * head_dim * bytes, over the layers with attention."""
+    return size.kv_values_per_token * types.kv
+
+
+def weight_bytes(shape: PuzzleDagConfig, architecture: Architecture, types: NumberTypes | None = None) -> int:
+    """Return the bytes of a model's weights (bf16 by default)."""
+    return count_weight_bytes(size_model(shape, architecture), types or NumberTypes())
+
+
+def kv_bytes_per_token(shape: PuzzleDagConfig, architecture: Architecture, types: NumberTypes | None = None) -> int:
+    """Return the bytes of KV cache that a token takes in a model (bf16 by default)."""
+    return count_kv_bytes_per_token(size_model(shape, architecture), types or NumberTypes())

@@ -1,0 +1,143 @@
+"""Which models are measured to learn what each variant costs: anchors made of parent blocks, and one or more a variant.
+
+A probe depends on the parent's shape, the parent's block and at most one further variant, never on which other
+variants are asked for: a larger search space plans every probe of a smaller one, so only what is new is measured.
+No-ops fill the probes: they cost nothing, so they vary how often each variant occurs in a model of full depth.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from puzzle_dag.architecture import FFN, Architecture, Attention, Block
+from puzzle_dag.model.checkpoint import child_config
+from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
+from puzzle_dag.pieces import Place
+
+_MAX_DEPTH = 16
+_NO_ATTENTION, _NO_FFN = Attention("noop"), FFN("noop")
+
+Variant = tuple[Place, str]
+"""("attention", "kv4")."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A model to measure."""
+
+    name: str
+    """Says what it is for: "parent-full", "ffn/w384/0"."""
+    architecture: Architecture
+    """Its blocks."""
+
+
+def name_architecture(architecture: Architecture) -> tuple[str, ...]:
+    """Return the blocks' names."""
+    return tuple(block.name for block in architecture)
+
+
+def _plan_anchors(parent: Block, num_layers: int) -> list[Probe]:
+    """Return the parent at full and at a third of its depth, and with most of its FFNs or attentions left out.
+
+    The two depths separate the engine's constant from the blocks, the other two attention from FFN. The last two are
+    at most `_MAX_DEPTH` deep.
+    """
+    depth = min(num_layers, _MAX_DEPTH)
+    attention_only = tuple(Block(parent.attention, parent.ffn if i == 0 else _NO_FFN) for i in range(depth))
+    ffn_only = tuple(Block(parent.attention if i == 0 else _NO_ATTENTION, parent.ffn) for i in range(depth))
+    return [
+        Probe("parent-full", (parent,) * num_layers),
+        Probe("parent-third", (parent,) * max(1, num_layers // 3)),
+        Probe("parent-attention", attention_only),
+        Probe("parent-ffn", ffn_only),
+    ]
+
+
+def _plan_variant(parent: Block, variant: Attention | FFN, num_layers: int, index: int) -> Probe:
+    """Return probe `index` of a variant: one parent block, then only the variant, beside the parent's partner or a no-op in turns.
+
+    The first block has real attention, which the engine needs when the variant has none. Further probes (index 1, 2,
+    ...) are shallower by a quarter each and start the turns at the other partner.
+    """
+    depth = max(2, min(num_layers, _MAX_DEPTH) * (4 - index % 4) // 4)
+    blocks = [parent]
+    for layer in range(1, depth):
+        partnered = (layer + index) % 2 == 1
+        if isinstance(variant, Attention):
+            blocks.append(Block(variant, parent.ffn if partnered else _NO_FFN))
+        else:
+            blocks.append(Block(parent.attention if partnered else _NO_ATTENTION, variant))
+    place = "attention" if isinstance(variant, Attention) else "ffn"
+    return Probe(f"{place}/{variant.name}/{index}", tuple(blocks))
+
+
+def plan_probes(
+    parent: Block, attentions: Iterable[Attention], ffns: Iterable[FFN], *, num_layers: int, probes_per_variant: int = 1
+) -> tuple[Probe, ...]:
+    """Return the models to measure: four anchors, then `probes_per_variant` for each variant that is neither parent's nor no-op.
+
+    Args:
+        parent: the parent's own block.
+        attentions: attention variants whose cost is wanted, in any order.
+        ffns: FFN variants whose cost is wanted, in any order.
+        num_layers: the parent's depth.
+        probes_per_variant: models in which each variant is measured.
+    """
+    known = {parent.attention, parent.ffn, _NO_ATTENTION, _NO_FFN}
+    variants: list[Attention | FFN] = [*sorted(set(attentions) - known), *sorted(set(ffns) - known)]
+    probes = _plan_anchors(parent, num_layers)
+    probes += [_plan_variant(parent, v, num_layers, i) for v in variants for i in range(probes_per_variant)]
+    unique: dict[tuple[str, ...], Probe] = {}
+    for probe in probes:
+        unique.setdefault(name_architecture(probe.architecture), probe)
+    return tuple(unique.values())
+
+
+def list_unknowns(architectures: Iterable[Architecture]) -> tuple[Variant, ...]:
+    """Return the variants in some architectures whose seconds have to be measured: all but the no-ops, sorted."""
+    found: set[Variant] = set()
+    for architecture in architectures:
+        for block in architecture:
+            found |= {("attention", block.attention.name), ("ffn", block.ffn.name)}
+    return tuple(sorted(v for v in found if v[1] != "noop"))
+
+
+def count_variants(architectures: Iterable[Architecture], unknowns: tuple[Variant, ...]) -> NDArray[np.float64]:
+    """Return how often each unknown occurs in each architecture, [architectures, unknowns]."""
+    columns = {v: i for i, v in enumerate(unknowns)}
+    rows = []
+    for architecture in architectures:
+        row = np.zeros(len(unknowns))
+        for block in architecture:
+            for variant in (("attention", block.attention.name), ("ffn", block.ffn.name)):
+                if variant[1] != "noop":
+                    row[columns[variant]] += 1
+        rows.append(row)
+    return np.array(rows).reshape(-1, len(unknowns))
+
+
+def probe_config(shape: PuzzleDagConfig, architecture: Architecture) -> PuzzleDagConfig:
+    """Return the configuration of a model of `architecture`, of any depth, everything else as in `shape`.
+
+    Layers beyond the parent's own repeat its kinds of attention (full or sliding) from the start.
+    """
+    fields = shape.to_dict()
+    for name in ("model_type", "per_layer_config"):
+        fields.pop(name, None)
+    kinds = fields.get("layer_types") or []
+    if kinds:
+        fields["layer_types"] = [kinds[i % len(kinds)] for i in range(len(architecture))]
+    fields["num_hidden_layers"] = len(architecture)
+    return child_config(PuzzleDagConfig(**fields), architecture)
+
+
+def serving_config(shape: PuzzleDagConfig, architecture: Architecture) -> dict[str, object]:
+    """Return what config.json says of a model of `architecture`, JSON types only."""
+    config: dict[str, object] = probe_config(shape, architecture).to_dict()
+    return {**config, "architectures": ["PuzzleDagForCausalLM"], "per_layer_config": _text_keys(config.get("per_layer_config"))}
+
+
+def _text_keys(layers: object) -> object:
+    return {str(k): v for k, v in layers.items()} if isinstance(layers, dict) else layers

@@ -9,7 +9,10 @@ import os
 import dagster as dg
 
 from assets.configuration import configuration_assets
+from assets.library import library_assets
+from assets.parent import parent_assets
 from assets.plan import Plan, make_plan
+from assets.scores import score_assets
 from resources.workspace import Workspace, project_root
 
 PROFILE_VARIABLE = "PUZZLE_DAG_PROFILE"
@@ -19,7 +22,7 @@ DEFAULT_PROFILE = "tiny"
 def build_definitions(plan: Plan) -> dg.Definitions:
     """Return the definitions of one profile."""
     return dg.Definitions(
-        assets=[*configuration_assets(plan)],
+        assets=[*configuration_assets(plan), *parent_assets(plan), *library_assets(plan), *score_assets(plan)],
         resources={"workspace": Workspace(root=str(plan.root), profile=plan.profile.name)},
         executor=dg.in_process_executor,
     )

@@ -1,5 +1,6 @@
 """What every asset does last: put its record on the shelf and tell Dagster the DataVersion and the metadata."""
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ def materialised(
     data_version: str | None = None,
     files: Iterable[Path] = (),
     metadata: Mapping[str, Any] | None = None,
+    seconds: float = 0.0,
 ) -> dg.MaterializeResult:
     """Put `value` on the shelf and return what Dagster is told.
 
@@ -37,12 +39,39 @@ def materialised(
         data_version: digest of what was made; by default the fingerprint of `value`.
         files: files that the value speaks of.
         metadata: shown in the UI.
+        seconds: what it took, the wait for the device not counted.
     """
     name, partition = context.asset_key.path[-1], partition_of(context)
     version = data_version or fingerprint(value)
     watched = watch(plan, workspace, name, partition)
-    workspace.shelf.put(name, partition, value, data_version=version, files=files, watched=watched)
-    return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=dict(metadata or {}))
+    workspace.shelf.put(name, partition, value, data_version=version, files=files, watched=watched, seconds=seconds)
+    shown = {**(metadata or {}), **({"seconds": seconds} if seconds else {})}
+    return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=shown)
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self._start_s = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return time.perf_counter() - self._start_s
+
+
+def picture(png: bytes, caption: str) -> dg.MetadataValue:
+    """Return a picture as Markdown that carries it along; it lies in the event log, so keep it small."""
+    from puzzle_dag.report.html import markdown_image
+
+    return dg.MetadataValue.md(markdown_image(png, caption))
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Return all files of a folder."""
+    return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:

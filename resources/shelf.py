@@ -33,6 +33,8 @@ class Record:
     """Fingerprint of what the asset read beside its upstream assets (configuration, fan-ins), or ""."""
     files: dict[str, int]
     """Files the value speaks of: path relative to the shelf's folder -> size in bytes."""
+    seconds: float = 0.0
+    """What it took, the wait for the device not counted."""
 
     @property
     def value_digest(self) -> str:
@@ -57,7 +59,7 @@ class Shelf:
             content = json.loads(self.path(asset, partition).read_text())
         except FileNotFoundError:
             return None
-        return Record(content["value"], content["data_version"], content["watched"], content["files"])
+        return Record(content["value"], content["data_version"], content["watched"], content["files"], content["seconds"])
 
     def value(self, asset: str, partition: str | None = None) -> dict[str, Any]:
         """Return what an asset handed on. Raises RecordMissingError."""
@@ -76,11 +78,12 @@ class Shelf:
         data_version: str,
         files: Iterable[Path] = (),
         watched: Any = None,
+        seconds: float = 0.0,
     ) -> Record:
         """Write a record; `files` must exist. `watched` is any JSON value, of which the fingerprint is kept."""
         sizes = {self._relative(path): path.stat().st_size for path in files}
-        record = Record(value, data_version, "" if watched is None else fingerprint(watched), sizes)
-        content = {"value": value, "data_version": data_version, "watched": record.watched, "files": sizes}
+        record = Record(value, data_version, "" if watched is None else fingerprint(watched), sizes, seconds)
+        content = {"value": value, "data_version": data_version, "watched": record.watched, "files": sizes, "seconds": seconds}
         write_atomically(self.path(asset, partition), json.dumps(content, indent=1, sort_keys=True))
         return record
 

@@ -1,13 +1,21 @@
 """Where everything of a checkout lies: what a person writes under conf/, what is made under var/."""
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from puzzle_dag.config import Profile, Scenario, Target, read_profile, read_scenario, read_target
-from puzzle_dag.store import ArtifactStore
+from puzzle_dag.store import Artifact, ArtifactStore, fingerprint
+from resources.device import lease
+from resources.parents import load_parent_once
 from resources.shelf import Shelf
+
+if TYPE_CHECKING:
+    from puzzle_dag.model.parent import Parent
 
 ROOT_VARIABLE = "PUZZLE_DAG_ROOT"
 
@@ -60,10 +68,33 @@ class Workspace(dg.ConfigurableResource):  # type: ignore[type-arg]
         """The DuckDB file, rebuilt from the Parquet files."""
         return self.var / "puzzle.duckdb"
 
-    @property
-    def device_lock(self) -> Path:
-        """File whose lock is the lease of the device."""
-        return self.root_folder / "var" / "device.lock"
+    def device(self) -> AbstractContextManager[None]:
+        """Hold the device while the context lasts; wait for whoever holds it."""
+        return lease(self.root_folder / "var" / "device.lock")
+
+    def load_parent(self, *, dtype: str | None = None) -> "Parent":
+        """Load the profile's parent; a process that runs many partitions loads it once."""
+        profile = self.read_profile()
+        version = self.shelf.find("parent")
+        return load_parent_once(self.root_folder, profile.parent, version.data_version if version else "", dtype, profile.device)
+
+    def keep(self, kind: str, inputs: Any, fill: Callable[[Path], tuple[str, dict[str, Any]]]) -> Artifact:
+        """Return the artifact that `inputs` determine, making it where the store doesn't have it.
+
+        `fill(folder)` writes its files and returns their digest and what to remember of them (JSON).
+        """
+        key = fingerprint(inputs)
+        found = self.store.find(kind, key)
+        if found is not None:
+            return found
+        metadata: dict[str, Any] = {}
+
+        def write(folder: Path) -> str:
+            digest, remembered = fill(folder)
+            metadata.update(remembered)
+            return digest
+
+        return self.store.write(kind, key, write, inputs=inputs, metadata=metadata)
 
     def read_profile(self) -> Profile:
         """Read the profile's file. Raises ConfigError."""

@@ -37,8 +37,8 @@ class Target(Settings):
     """Generated tokens a request."""
     batch_sizes: tuple[int, ...] = Field(min_length=1)
     """Concurrent requests that are measured."""
-    num_probes: int | None = Field(default=None, gt=0)
-    """Probe models; by default as many as the unknowns ask for."""
+    probes_per_variant: int = Field(default=1, gt=0)
+    """Probe models for each variant, beside four that are shared."""
     engines_per_probe: int = Field(default=2, gt=0)
     """Engines each probe is measured in."""
     repeats: int = Field(default=5, gt=1)

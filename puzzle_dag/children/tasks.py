@@ -4,10 +4,12 @@ Each task is a YAML file beside its JSON-lines data, so that `lm_eval --include_
 reads them as well. Parent and children are graded on the same items, a pure function of the seed.
 """
 
+import bisect
 import json
+import keyword
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +29,12 @@ PERPLEXITY = "stdlib_perplexity"
 SKILL_PREFIX = "skill_"
 
 _MAX_DOCUMENTS = 64
+_DOCUMENTS_PER_FILE = 4
 _DOCUMENT_CHARACTERS = 700
 _CLOZE_LINES = 8
-_CLOZE_PER_FILE = 12
-_IDENTIFIER = re.compile(r"(?<= )[A-Za-z_][A-Za-z0-9_]{2,}")
-_WORDS = frozenset(
-    "and assert async await break class continue def del elif else except finally for from global import lambda None nonlocal not "
-    "pass raise return True False try while with yield the The this that with for are was not can has you but will all from".split()
-)
+_CLOZE_CHARACTERS = 320
+_IDENTIFIER = re.compile(r"(?<= )[A-Za-z_][A-Za-z0-9_]{2,}(?=[(.\[:,)=])")  # what follows is punctuation: code rather than prose
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
 
 
 class UnknownTaskError(ValueError):
@@ -68,33 +68,36 @@ def _skill_items(name: str, num_items: int, world_seed: int, seed: int) -> list[
     return [skill.item(rng) for _ in range(num_items)]
 
 
-def _cloze_candidates(text: str, rng: random.Random) -> Iterator[Item]:
+def _cloze_questions(text: str, rng: random.Random) -> Iterator[Item]:
     """Yield questions on one file: which identifier comes next, among four that the lines before hold."""
     starts = [0, *(m.end() for m in re.finditer("\n", text))]
-    places = [m for m in _IDENTIFIER.finditer(text) if m.group() not in _WORDS]
+    places = list(_IDENTIFIER.finditer(text))
     rng.shuffle(places)
     for place in places:
-        line = sum(1 for s in starts if s <= place.start()) - 1
-        if line < _CLOZE_LINES or "#" in text[starts[line] : place.start()]:
+        line = bisect.bisect_right(starts, place.start()) - 1
+        right = place.group()
+        if line < _CLOZE_LINES or keyword.iskeyword(right) or "#" in text[starts[line] : place.start()]:
             continue
         context = text[starts[line - _CLOZE_LINES] : place.start() - 1]
-        others = [w for w in dict.fromkeys(_IDENTIFIER.findall(context)) if w not in _WORDS and w != place.group()]
-        # the right answer must have been seen, like the wrong ones: otherwise novelty alone gives it away
-        if place.group() not in _IDENTIFIER.findall(context) or len(others) < 3 or not context.strip():
-            continue
-        yield choose(rng, context, place.group(), rng.sample(others, 3))
+        seen = [w for w in dict.fromkeys(_NAME.findall(context)) if not keyword.iskeyword(w)]
+        # The right answer must have been seen, like the wrong ones: otherwise novelty alone gives it away. They are
+        # of like length, because shorter answers are likelier whatever the model.
+        if right in seen and len(seen) > 3 and len(context) <= _CLOZE_CHARACTERS:
+            others = sorted((w for w in seen if w != right), key=lambda w: (abs(len(w) - len(right)), rng.random()))
+            yield choose(rng, context, right, others[:3])
 
 
 def _cloze_items(num_items: int, seed: int) -> list[Item]:
+    """Draw questions from all files in turn, so that none dominates."""
     rng = random.Random(f"lm-eval/{CLOZE}/{seed}")
     items: list[Item] = []
-    per_file = _CLOZE_PER_FILE
-    texts = [text for _, text in read_stdlib_for("grade")]
-    for text in texts:
-        for item, _ in zip(_cloze_candidates(text, rng), range(per_file), strict=False):
-            items.append(item)
+    files = [_cloze_questions(text, rng) for _, text in read_stdlib_for("grade")]
+    while len(items) < num_items and files:
+        drawn = [next(questions, None) for questions in files]
+        files = [f for f, item in zip(files, drawn, strict=True) if item is not None]
+        items += [item for item in drawn if item is not None]
     if len(items) < num_items:
-        raise ValueError(f"accuracy.num_items: {num_items} asked, the held-out standard library gives {len(items)} cloze items; ask for fewer")
+        raise ValueError(f"accuracy.num_items: {num_items} asked, the held-out library gives {len(items)} cloze items; ask for fewer")
     rng.shuffle(items)
     return items[:num_items]
 
@@ -104,7 +107,7 @@ def _perplexity_documents(seed: int) -> list[str]:
     pieces: list[str] = []
     for _, text in read_stdlib_for("grade"):
         starts = [m.end() for m in re.finditer("\n\n", text) if m.end() + _DOCUMENT_CHARACTERS <= len(text)]
-        pieces.extend(text[s : s + _DOCUMENT_CHARACTERS] for s in sorted(rng.sample(starts, min(2, len(starts)))))
+        pieces.extend(text[s : s + _DOCUMENT_CHARACTERS] for s in sorted(rng.sample(starts, min(_DOCUMENTS_PER_FILE, len(starts)))))
     rng.shuffle(pieces)
     return pieces[:_MAX_DOCUMENTS]
 

@@ -81,7 +81,8 @@ def mix_tokens(
     rng = random.Random(f"{split}/{seed}")
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return ids
 
     end = tokenizer.eos_token_id
     surplus = int(1.25 * num_tokens) + 4 * row_length  # packing cuts off the tail of each row's last document

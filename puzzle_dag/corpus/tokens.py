@@ -32,6 +32,8 @@ _TRAIN_SHARES: Shares = (("train", 40), ("uptrain", 60))
 _HELDOUT_SHARES: Shares = (("score", 35), ("heldout", 15), ("grade", 50))
 _TEXT_SHARES: Shares = (("train", 42), ("uptrain", 42), ("score", 10), ("heldout", 6))
 
+_CHARACTERS_PER_TOKEN = 2
+
 
 class CorpusTooShortError(ValueError):
     """There is less text for a purpose than its token budget asks for."""
@@ -82,20 +84,29 @@ def _read_hub(corpus: TextCorpus, purpose: Purpose) -> Iterator[str]:
             yield document[corpus.text_field]
 
 
-def _cut(texts: Iterator[str], tokenizer: Any, piece: int, rng: random.Random | None) -> Iterator[list[int]]:
-    """Yield pieces of at most `piece` tokens, each closed by the end token; all shuffled where `rng` is given."""
-    pieces = (
-        [*ids[i : i + piece], tokenizer.eos_token_id]
-        for text in texts
-        for ids in [tokenizer(text, add_special_tokens=False)["input_ids"]]
-        for i in range(0, len(ids), piece)
-    )
-    if rng is None:
-        yield from pieces
-    else:
-        everything = list(pieces)
-        rng.shuffle(everything)
-        yield from everything
+def _encode_pieces(texts: Iterator[str], tokenizer: Any, piece: int) -> Iterator[list[int]]:
+    """Yield pieces of at most `piece` tokens of each text, each closed by the end token."""
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        for start in range(0, len(ids), piece):
+            yield [*ids[start : start + piece], tokenizer.eos_token_id]
+
+
+def _shuffled_code(purpose: Purpose, num_characters: int, rng: random.Random) -> list[str]:
+    """Return a purpose's library code in random order, cut at line ends into passages of some `num_characters`."""
+    passages = []
+    for _, text in read_stdlib_for(purpose):
+        lines: list[str] = []
+        length = 0
+        for line in text.splitlines(keepends=True):
+            lines.append(line)
+            length += len(line)
+            if length >= num_characters:
+                passages.append("".join(lines))
+                lines, length = [], 0
+        passages.append("".join(lines))
+    rng.shuffle(passages)
+    return [p for p in passages if p]
 
 
 def _skill_documents(world_seed: int, tokenizer: Any, rng: random.Random) -> Iterator[list[int]]:
@@ -116,8 +127,12 @@ def _fill_rows(
     while len(rows) < num_rows:
         total = sum(num_kept) + 1
         # the source that is furthest behind its share; the noise breaks up the regular order and averages out
-        behind = [share * total - kept + (rng.random() * row_length if share else 0) for (share, _), kept in zip(sources, num_kept, strict=True)]
-        chosen = max((i for i in range(len(sources)) if sources[i][0] > 0), key=behind.__getitem__)
+        behind = {
+            i: share * total - kept + rng.random() * row_length
+            for i, ((share, _), kept) in enumerate(zip(sources, num_kept, strict=True))
+            if share > 0
+        }
+        chosen = max(behind, key=behind.__getitem__)
         document = next(sources[chosen][1], None)
         if document is None:
             break
@@ -163,18 +178,21 @@ def build_tokens(
     prefix: list[int] = tokenizer("")["input_ids"] if tokenizer.bos_token_id is not None else []
     prefix = [i for i in prefix if i == tokenizer.bos_token_id]
     if isinstance(corpus, BundledCorpus):
-        code = _cut((text for _, text in read_stdlib_for(purpose)), tokenizer, row_length // 2, random.Random(f"code/{purpose}/{seed}"))
+        # passages of about half a row; encoded only as far as they are needed
+        passages = _shuffled_code(purpose, _CHARACTERS_PER_TOKEN * row_length // 2, random.Random(f"code/{purpose}/{seed}"))
+        code = _encode_pieces(iter(passages), tokenizer, row_length // 2)
         skills = _skill_documents(corpus.world_seed, tokenizer, random.Random(f"skills/{purpose}/{seed}"))
         sources = [(corpus.skill_share, skills), (1 - corpus.skill_share, code)]
         fix = "raise corpus.skill_share (skill lines never run out)"
     else:
         texts = _read_hub(corpus, purpose) if corpus.files is None else _read_files(corpus.files, root, purpose, rng)
-        sources = [(1.0, _cut(texts, tokenizer, row_length - len(prefix), None))]
+        sources = [(1.0, _encode_pieces(texts, tokenizer, row_length - len(prefix)))]
         fix = "add text (in several files: each goes to one purpose by its name)"
     num_rows = num_tokens // row_length
     rows = _fill_rows(sources, prefix, num_rows, row_length, rng)
     if len(rows) < num_rows:
         raise CorpusTooShortError(
-            f"tokens: the budget for {purpose!r} is {num_tokens} tokens, the corpus gives {len(rows) * row_length}; lower the budget, or {fix}"
+            f"tokens: the budget for {purpose!r} is {num_tokens} tokens, the corpus gives {len(rows) * row_length}; "
+            f"lower the budget, or {fix}"
         )
     return torch.tensor(rows, dtype=torch.int64).reshape(-1, row_length)

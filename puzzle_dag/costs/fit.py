@@ -47,13 +47,15 @@ def _solve_weighted(design: Vector, targets: Vector, weights: Vector) -> Vector:
     scales = np.linalg.norm(rows, axis=0)
     scales[scales == 0] = 1.0
     solution: Vector = nnls(rows / scales, targets * root, maxiter=100 * design.shape[1])[0]
-    return solution / scales
+    unscaled: Vector = solution / scales
+    return unscaled
 
 
 def _weigh(residuals: Vector, scale: float) -> Vector:
     """Return Huber weights; a measurement slower than the fit is cut off at `_SLOW_LIMIT` scales, a faster one at `_FAST_LIMIT`."""
     limits = np.where(residuals > 0, _SLOW_LIMIT, _FAST_LIMIT) * scale
-    return np.minimum(1.0, limits / np.maximum(np.abs(residuals), 1e-300))
+    weights: Vector = np.minimum(1.0, limits / np.maximum(np.abs(residuals), 1e-300))
+    return weights
 
 
 def _standard_errors(design: Vector, solution: Vector, weights: Vector, residuals: Vector) -> Vector:

@@ -67,7 +67,8 @@ class NumberTypes:
 
 def _look_up(known: dict[str, int], target: Target, field: str, name: str) -> int:
     if name not in known:
-        raise UnknownDtypeError(f"target {target.name!r}: field `{field}`: the bytes of {name!r} are not known; use one of {', '.join(known)}")
+        use = ", ".join(known)
+        raise UnknownDtypeError(f"target {target.name!r}: field `{field}`: the bytes of {name!r} are not known; use one of {use}")
     return known[name]
 
 
@@ -107,8 +108,10 @@ def size_model(shape: PuzzleDagConfig, architecture: Architecture) -> Size:
     return total
 
 
-def size_variant(shape: PuzzleDagConfig, place: Literal["attention", "ffn"], name: str) -> Size:
-    """Return what a variant weighs, by its name. Raises ValueError for a name that is not understood."""
+def size_variant(shape: PuzzleDagConfig, place: Literal["attention", "ffn", "constant"], name: str) -> Size:
+    """Return what a variant weighs, by its name (of the constant, any). Raises ValueError for a name that is not understood."""
+    if place == "constant":
+        return size_constant(shape)
     return size_attention(shape, Attention.parse(name)) if place == "attention" else size_ffn(shape, FFN.parse(name))
 
 

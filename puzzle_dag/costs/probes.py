@@ -7,6 +7,7 @@ No-ops fill the probes: they cost nothing, so they vary how often each variant o
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +15,12 @@ from numpy.typing import NDArray
 from puzzle_dag.architecture import FFN, Architecture, Attention, Block
 from puzzle_dag.model.checkpoint import child_config
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
-from puzzle_dag.pieces import Place
 
 _MAX_DEPTH = 16
 _NO_ATTENTION, _NO_FFN = Attention("noop"), FFN("noop")
 
-Variant = tuple[Place, str]
-"""("attention", "kv4")."""
+Variant = tuple[Literal["attention", "ffn", "constant"], str]
+"""("attention", "kv4"); ("constant", "engine") is what a model costs beside its layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ def _plan_anchors(parent: Block, num_layers: int) -> list[Probe]:
     The two depths separate the engine's constant from the blocks, the other two attention from FFN. The last two are
     at most `_MAX_DEPTH` deep.
     """
-    depth = min(num_layers, _MAX_DEPTH)
+    depth = max(2, min(num_layers, _MAX_DEPTH))
     attention_only = tuple(Block(parent.attention, parent.ffn if i == 0 else _NO_FFN) for i in range(depth))
     ffn_only = tuple(Block(parent.attention if i == 0 else _NO_ATTENTION, parent.ffn) for i in range(depth))
     return [
         Probe("parent-full", (parent,) * num_layers),
-        Probe("parent-third", (parent,) * max(1, num_layers // 3)),
+        Probe("parent-third", (parent,) * (max(1, num_layers // 3) if num_layers > 1 else 2)),
         Probe("parent-attention", attention_only),
         Probe("parent-ffn", ffn_only),
     ]
@@ -111,7 +111,8 @@ def count_variants(architectures: Iterable[Architecture], unknowns: tuple[Varian
     for architecture in architectures:
         row = np.zeros(len(unknowns))
         for block in architecture:
-            for variant in (("attention", block.attention.name), ("ffn", block.ffn.name)):
+            pieces: tuple[Variant, Variant] = ("attention", block.attention.name), ("ffn", block.ffn.name)
+            for variant in pieces:
                 if variant[1] != "noop":
                     row[columns[variant]] += 1
         rows.append(row)

@@ -1,5 +1,6 @@
 """Run engines in a worker process that is watched: results arrive one by one, and none is lost to a later crash."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -91,10 +92,8 @@ def _read_lines(channel: int, silence_limit_s: float) -> Iterator[dict[str, Any]
 
 def _end_group(process: "subprocess.Popen[bytes]") -> None:
     """End the worker and every process it started (it leads a group of its own)."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -121,7 +120,13 @@ class _Attempt:
         environment = _build_environment(list(self.jobs.values()), hardware)
         with self.log_path.open("wb") as log_file:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, env=environment, pass_fds=(write_end,), start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                env=environment,
+                pass_fds=(write_end,),
+                start_new_session=True,
             )
         os.close(write_end)
         current = next(iter(self.jobs))
@@ -189,7 +194,8 @@ def run_engines(
                 break
             name, reason = next(iter(worker.failures.items()))
             if attempt == 1:
-                raise EngineFailedError(f"engine {name!r} failed twice: {reason}\n--- end of the worker's log ---\n{_tail(worker.log_path)}")
+                tail = _tail(worker.log_path)
+                raise EngineFailedError(f"engine {name!r} failed twice: {reason}\n--- end of the worker's log ---\n{tail}")
             log.warning("engine %r failed (%s); %d of %d engines are tried once more", name, reason, len(worker.jobs), len(jobs))
     log.info("%d engines in %.1f s", len(jobs), time.perf_counter() - start)
     return [results[j.name] for j in jobs]

@@ -1,0 +1,152 @@
+"""Measure a target: run the probes that the store does not hold yet, fit every variant's cost, return the table."""
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from puzzle_dag.architecture import FFN, Architecture, Attention, Block
+from puzzle_dag.config import Target
+from puzzle_dag.costs.memory import NumberTypes
+from puzzle_dag.costs.probes import plan_probes, serving_config
+from puzzle_dag.costs.table import CostTable
+from puzzle_dag.costs.tabulate import Measurement, fit_table
+from puzzle_dag.engine.client import read_engine_version, run_engines
+from puzzle_dag.engine.hardware import Hardware, check_hardware, detect_hardware
+from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
+from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
+from puzzle_dag.progress import Progress, silent
+from puzzle_dag.store import ArtifactStore, fingerprint
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+PROBE_KIND = "probe"
+"""Kind of one engine's measurement in the artifact store."""
+
+_IRRELEVANT = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "initializer_range", "use_cache")
+
+
+class WorkloadTooLongError(ValueError):
+    """A target's input and output don't fit into the parent's positions."""
+
+
+def _check_lengths(shape: PuzzleDagConfig, target: Target) -> None:
+    length = target.input_length + target.output_length
+    if length > shape.max_position_embeddings:
+        raise WorkloadTooLongError(
+            f"target {target.name!r}: input_length + output_length is {length}, but the parent has "
+            f"{shape.max_position_embeddings} positions; shorten the target's `input_length` or `output_length`"
+        )
+
+
+def _describe(config: dict[str, Any], target: Target, engine: int, hardware: Hardware, engine_version: str) -> dict[str, Any]:
+    """Return everything that determines a measurement: what its store key is made from."""
+    return {
+        "version": VERSION,
+        "config": {k: v for k, v in config.items() if k not in _IRRELEVANT},
+        "settings": asdict(EngineSettings.of(target)),
+        "workload": asdict(Workload.of(target)),
+        "engine": engine,
+        "engine_version": engine_version,
+        "hardware": hardware.name,
+        "num_threads": hardware.num_threads,
+    }
+
+
+def measure_models(
+    shape: PuzzleDagConfig,
+    architectures: Iterable[Architecture],
+    target: Target,
+    store: ArtifactStore,
+    *,
+    remeasure: bool = False,
+    progress: Progress = silent,
+) -> list[Measurement]:
+    """Measure models with dummy weights in `target.engines_per_probe` engines each; what the store holds is not run again.
+
+    Every engine's result is stored the moment it is there. Engines of the same model are far apart in time, so that
+    a slow minute of the machine does not pass for a slow model.
+
+    Args:
+        shape: the parent's configuration.
+        architectures: the models, of any depth.
+        target: how they are served and what is timed.
+        store: where measurements are kept, one an engine.
+        remeasure: run everything again, and replace what is stored.
+        progress: called after each engine.
+
+    Raises:
+        VllmMissingError: vLLM is not installed.
+        HardwareMismatchError: the target is for other hardware.
+        WorkloadTooLongError: the target's lengths exceed the parent's positions.
+        EngineFailedError: an engine failed twice.
+    """
+    _check_lengths(shape, target)
+    hardware = detect_hardware()
+    check_hardware(target, hardware)
+    engine_version = read_engine_version()
+    wanted: dict[str, tuple[Architecture, dict[str, Any]]] = {}
+    jobs: list[EngineJob] = []
+    found: dict[str, EngineResult] = {}
+    configs = [(a, json.loads(json.dumps(serving_config(shape, a)))) for a in architectures]
+    for engine in range(target.engines_per_probe):
+        for architecture, config in configs:
+            inputs = _describe(config, target, engine, hardware, engine_version)
+            key = fingerprint(inputs)
+            wanted[key] = (architecture, inputs)
+            stored = None if remeasure else store.find(PROBE_KIND, key)
+            if stored is not None:
+                found[key] = EngineResult.from_json(stored.metadata)
+            else:
+                settings, workload = EngineSettings.of(target), Workload.of(target)
+                jobs.append(EngineJob(name=key, config=config, settings=settings, workload=workload, seed=engine))
+    log.info("target %s: %d engines measured before, %d to run", target.name, len(found), len(jobs))
+
+    def keep(job: EngineJob, result: EngineResult) -> None:
+        content = result.to_json()
+        store.write(PROBE_KIND, job.name, lambda _: fingerprint(content), inputs=wanted[job.name][1], metadata=content)
+        found[job.name] = result
+
+    run_engines(jobs, on_result=keep, progress=progress, hardware=hardware)
+    return [Measurement(architecture, found[key]) for key, (architecture, _) in wanted.items()]
+
+
+def measure_target(
+    shape: PuzzleDagConfig,
+    parent_block: Block,
+    target: Target,
+    attentions: Iterable[Attention],
+    ffns: Iterable[FFN],
+    store: ArtifactStore,
+    *,
+    remeasure: bool = False,
+    progress: Progress = silent,
+) -> CostTable:
+    """Measure what every variant costs on a target, with the engine that the target serves with.
+
+    Args:
+        shape: the parent's configuration (no weights are needed: the engine makes up dummy ones).
+        parent_block: the parent's own block.
+        target: hardware, engine, mode and workload.
+        attentions: attention variants; the parent's and the no-op may be among them.
+        ffns: FFN variants, likewise.
+        store: keeps each engine's measurement, so that further variants cost only their own probes.
+        remeasure: measure everything again, and replace what is stored.
+        progress: called after each engine.
+
+    Raises:
+        VllmMissingError: vLLM is not installed.
+        HardwareMismatchError: the target is for other hardware.
+        WorkloadTooLongError: the target's lengths exceed the parent's positions.
+        UnknownDtypeError: the bytes of the target's number types are not known.
+        EngineFailedError: an engine failed twice.
+    """
+    attentions, ffns = {parent_block.attention, *attentions}, {parent_block.ffn, *ffns}
+    NumberTypes.of(target)
+    probes = plan_probes(
+        parent_block, attentions, ffns, num_layers=shape.num_hidden_layers, probes_per_variant=target.probes_per_variant
+    )
+    measured = measure_models(shape, [p.architecture for p in probes], target, store, remeasure=remeasure, progress=progress)
+    return fit_table(shape, target, attentions, ffns, measured)

@@ -1,0 +1,187 @@
+"""The cost table of a target: one row for each variant, batch size and phase; a Parquet file is its stored form."""
+
+import io
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from puzzle_dag.architecture import Architecture
+from puzzle_dag.config import Target
+from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
+from puzzle_dag.piece_costs import Phase, PieceCost, PieceCosts
+from puzzle_dag.pieces import Place
+from puzzle_dag.store import fingerprint, write_atomically
+
+PHASES: tuple[Phase, ...] = ("prefill", "decode")
+CONSTANT = "engine"
+"""Variant name of the row for what a model costs beside its layers: embedding, norm, head and the engine's own time."""
+CostPlace = Literal["attention", "ffn", "constant"]
+"""A place of a layer, or what a model costs beside its layers."""
+_METADATA_KEY = b"puzzle_dag"
+
+
+class CostTableError(ValueError):
+    """A cost table that can't be read, or that lacks what is asked of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostRow:
+    """What one variant costs at one batch size in one phase, per layer that has it."""
+
+    target: str
+    """Name of the target."""
+    hardware: str
+    """Processor or GPU that was measured."""
+    num_threads: int
+    """CPU threads of the engine; 0 on GPUs."""
+    engine_version: str
+    """Distribution and version of the engine."""
+    mode: str
+    """"eager" or "compiled"."""
+    dtype: str
+    """Type of weights and activations."""
+    quantization: str
+    """Weight quantisation, or "none"."""
+    input_length: int
+    """Prompt tokens a request."""
+    output_length: int
+    """Generated tokens a request."""
+    batch: int
+    """Concurrent requests."""
+    phase: Phase
+    """"prefill" (to the last first token) or "decode" (the rest of the generation, all of it)."""
+    place: CostPlace
+    """Where the variant stands."""
+    variant: str
+    """Name of the variant; "engine" for the constant."""
+    seconds: float
+    """Time it adds to the phase, for the whole batch."""
+    seconds_error: float
+    """Standard error of `seconds` from the fit."""
+    repeat_noise: float
+    """Relative standard deviation between engines that measured the same model at this batch and phase."""
+    parameters: int
+    """Its parameters."""
+    weight_bytes: int
+    """Bytes of its weights, exact."""
+    kv_bytes_per_token: int
+    """Bytes of KV cache a token, exact."""
+    source: Literal["measured", "by construction"]
+    """Where `seconds` comes from: a no-op is nothing that runs, so it costs zero by construction."""
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """All rows of a target and what was measured for them."""
+
+    rows: tuple[CostRow, ...]
+    """The rows, sorted by batch, phase, place and variant."""
+    target: Target
+    """The target, complete."""
+    num_engines: int
+    """Engines that the fit rests on."""
+    residuals: dict[str, float]
+    """"batch/phase" -> relative spread of the measurements about the fit."""
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Measured batch sizes, increasing."""
+        return tuple(sorted({r.batch for r in self.rows}))
+
+    @property
+    def digest(self) -> str:
+        """Digest of the content."""
+        return fingerprint({"rows": [asdict(r) for r in self.rows], **self._metadata()})
+
+    def row(self, place: str, variant: str, batch: int, phase: Phase) -> CostRow:
+        """Return one row. Raises CostTableError, saying what there is, where it was not measured."""
+        for row in self.rows:
+            if (row.place, row.variant, row.batch, row.phase) == (place, variant, batch, phase):
+                return row
+        there = sorted({f"{r.place}/{r.variant}" for r in self.rows})
+        raise CostTableError(
+            f"target {self.target.name!r}: no cost of {place} {variant} at batch {batch} in {phase}; "
+            f"batch sizes are {list(self.batch_sizes)}, variants {', '.join(there)}; measure the target again with what is missing"
+        )
+
+    def piece_seconds(self, place: Place, variant: str, batch: int, phase: Phase) -> float:
+        """Return the seconds that a variant adds to a phase, for the whole batch. Raises CostTableError."""
+        return self.row(place, variant, batch, phase).seconds
+
+    def constant_seconds(self, batch: int, phase: Phase) -> float:
+        """Return the seconds that a model without layers would take (embedding, head, engine). Raises CostTableError."""
+        return self.row("constant", CONSTANT, batch, phase).seconds
+
+    def noise(self, batch: int, phase: Phase) -> float:
+        """Return the relative standard deviation between engines that measured the same model. Raises CostTableError."""
+        return self.row("constant", CONSTANT, batch, phase).repeat_noise
+
+    def seconds(self, architecture: Architecture, batch: int, phase: Phase) -> float:
+        """Return the predicted seconds of a model in a phase. Raises CostTableError for a variant that was not measured."""
+        pieces = (self.piece_seconds("attention", b.attention.name, batch, phase) for b in architecture)
+        others = (self.piece_seconds("ffn", b.ffn.name, batch, phase) for b in architecture)
+        return self.constant_seconds(batch, phase) + sum(pieces) + sum(others)
+
+    def to_piece_costs(self, shape: PuzzleDagConfig) -> PieceCosts:
+        """Return the table as the search sees it, for a parent of this shape (every layer alike)."""
+        names = sorted({(r.place, r.variant) for r in self.rows})
+        costs = {name: self._piece_cost(*name) for name in names}
+        pieces = {(place, variant): cost for (place, variant), cost in costs.items() if place != "constant"}
+        return PieceCosts(
+            target=self.target.name,
+            input_length=self.target.input_length,
+            output_length=self.target.output_length,
+            batch_sizes=self.batch_sizes,
+            pieces=PieceCosts.same_in_every_layer(pieces, num_layers=shape.num_hidden_layers),
+            constant=costs["constant", CONSTANT],
+            digest=self.digest,
+        )
+
+    def _piece_cost(self, place: str, variant: str) -> PieceCost:
+        rows = {(b, p): self.row(place, variant, b, p) for b in self.batch_sizes for p in PHASES}
+        first = next(iter(rows.values()))
+        seconds = {b: {p: rows[b, p].seconds for p in PHASES} for b in self.batch_sizes}
+        return PieceCost(first.parameters, first.weight_bytes, first.kv_bytes_per_token, seconds)
+
+    def _metadata(self) -> dict[str, Any]:
+        return {"target": self.target.model_dump(mode="json"), "num_engines": self.num_engines, "residuals": self.residuals}
+
+    def write(self, path: Path) -> None:
+        """Write one Parquet file, atomically."""
+        columns = {f.name: [getattr(r, f.name) for r in self.rows] for f in fields(CostRow)}
+        table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({_METADATA_KEY: json.dumps(self._metadata())})
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer)
+        write_atomically(path, buffer.getvalue())
+
+    @staticmethod
+    def read(path: Path) -> "CostTable":
+        """Read what `write` wrote.
+
+        Raises:
+            CostTableError: the file is missing, damaged, or no cost table; says to measure again.
+        """
+        try:
+            table = pq.read_table(path)
+            metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
+            rows = tuple(CostRow(**row) for row in table.to_pylist())
+            return CostTable(rows, Target.model_validate(metadata["target"]), metadata["num_engines"], metadata["residuals"])
+        except FileNotFoundError:
+            raise CostTableError(f"{path} does not exist; measure the target first") from None
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            fix = "measure the target again (stored probes are reused)"
+            raise CostTableError(f"{path} is damaged or no cost table ({error}); {fix}") from error
+
+
+def sort_rows(rows: Iterable[CostRow]) -> tuple[CostRow, ...]:
+    """Return rows in the order of the table: batch, phase (prefill first), place, variant."""
+    return tuple(sorted(rows, key=lambda r: (r.batch, PHASES.index(r.phase), r.place, r.variant)))
+
+
+_TYPES: dict[Any, pa.DataType] = {int: pa.int64(), float: pa.float64()}
+_SCHEMA = pa.schema([(f.name, _TYPES.get(f.type, pa.string())) for f in fields(CostRow)])

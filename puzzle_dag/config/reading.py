@@ -2,8 +2,9 @@
 
 import difflib
 import re
+from collections.abc import Hashable, Iterable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,7 +20,7 @@ class ConfigError(ValueError):
 class Settings(BaseModel):
     """What all configuration has in common: unknown keys are errors, values don't change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 _Model = TypeVar("_Model", bound=Settings)
@@ -32,25 +33,66 @@ def check_name(name: str) -> str:
     return name
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a key written twice, where the plain loader would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key `{key.value}` is there twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
 def _known_keys(model: type[BaseModel]) -> set[str]:
     keys = set(model.model_fields)
     for field in model.model_fields.values():
-        for candidate in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-                keys |= _known_keys(candidate)
+        for candidate in _models_in(field.annotation):
+            keys |= _known_keys(candidate)
     return keys
 
 
-def _explain(error: ValidationError, model: type[BaseModel], path: Path) -> str:
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the settings classes inside an annotation, however nested: X, X | None, dict[int, X], Annotated[X | Y, ...]."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [m for part in getattr(annotation, "__args__", ()) for m in _models_in(part)]
+
+
+def _line(text: str, location: tuple[int | str, ...]) -> int:
+    """Return the line (from 1) of the innermost part of `location` that is written in the YAML text."""
+    node = yaml.compose(text, _StrictLoader)
+    line = 1
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            found = [(key, value) for key, value in node.value if key.value == str(part)]
+            if found:  # pydantic's location also names union members, which the file doesn't
+                line, node = found[0][0].start_mark.line + 1, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+    return line
+
+
+def _suggest(wrong: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(wrong), list(known), n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def _explain(error: ValidationError, model: type[BaseModel], path: Path, text: str) -> str:
     lines = []
     for problem in error.errors():
-        field = ".".join(str(p) for p in problem["loc"])
-        message = f"{path}: field `{field}`: {problem['msg']}"
+        location = tuple(p for p in problem["loc"] if p != "[key]")
+        place = f"{path}, line {_line(text, location)}: field `{'.'.join(map(str, location))}`"
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(problem["loc"][-1]), _known_keys(model), n=1)
-            message = f"{path}: field `{field}` is unknown" + (f"; did you mean `{near[0]}`?" if near else "")
-        elif problem["type"] != "missing":
-            message += f" (got {problem['input']!r})"
+            message = f"{place} is unknown" + _suggest(location[-1], _known_keys(model))
+        elif problem["type"] == "missing":
+            message = f"{place} is missing"
+        else:
+            message = f"{place}: {problem['msg'].removeprefix('Value error, ')} (got {problem['input']!r})"
+            if problem["type"] == "literal_error":
+                message += _suggest(problem["input"], problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
         lines.append(message)
     return "\n".join(lines)
 
@@ -62,11 +104,12 @@ def read_settings(model: type[_Model], path: Path) -> _Model:
         ConfigError: the file is missing, is no YAML mapping, or a field is missing, unknown or out of range.
     """
     try:
-        raw = yaml.safe_load(path.read_text())
+        text = path.read_text(encoding="utf-8")
+        raw = yaml.load(text, _StrictLoader)
     except FileNotFoundError:
         near = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise ConfigError(f"{path} does not exist; there are: {', '.join(near) or 'none'}") from None
-    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} does not exist{_suggest(path.stem, near)}; there are: {', '.join(near) or 'none'}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: must be a mapping of fields, got {type(raw).__name__}")
@@ -74,7 +117,7 @@ def read_settings(model: type[_Model], path: Path) -> _Model:
     try:
         settings = model.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(_explain(error, model, path)) from error
+        raise ConfigError(_explain(error, model, path, text)) from error
     if raw["name"] != path.stem:
         raise ConfigError(f"{path}: field `name` is {raw['name']!r}, but the file's stem is {path.stem!r}; make them equal")
     return settings

@@ -33,6 +33,8 @@ class Bound(Settings):
     def _a_bound(self) -> "Bound":
         if self.at_least is None and self.at_most is None:
             raise ValueError("give `at_least` or `at_most`")
+        if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
+            raise ValueError(f"at_least {self.at_least} is above at_most {self.at_most}; no value is both")
         return self
 
 

@@ -8,7 +8,7 @@ once; then every variant takes its own AdamW step, so that what becomes of one d
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from puzzle_dag.architecture import Attention
 from puzzle_dag.config import LibrarySettings
 from puzzle_dag.library.activations import ActivationCache
-from puzzle_dag.library.block import BlockStates, ParentLayer, Variant, piece_state
+from puzzle_dag.library.block import BlockStates, ParentLayer, Variant, piece_state, subblock_state
 from puzzle_dag.library.initialise import State, held_out_rows
 from puzzle_dag.pieces import Place
 from puzzle_dag.progress import Progress, silent
@@ -26,6 +26,7 @@ from puzzle_dag.progress import Progress, silent
 _WARMUP_SHARE = 0.1
 _CURVE_POINTS = 50
 _ROWS_PER_EVALUATION = 8
+_TOKENS_PER_CHUNK = 1024  # what a variant's intermediate tensors stay in a core's cache with
 
 
 def place_of(variant: Variant) -> Place:
@@ -78,58 +79,58 @@ def learning_rate_factor(step: int, num_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / (num_steps - warmup + 1)))
 
 
-class _Student:
-    """A variant in training: its module in the compute type, float32 master weights, and their own AdamW."""
+class Student:
+    """A variant in training: its module in the compute type, float32 master weights, and an AdamW of their own."""
 
-    def __init__(self, layer: ParentLayer, variant: Variant, state: State, settings: LibrarySettings) -> None:
+    def __init__(self, layer: ParentLayer, variant: Variant, state: State, learning_rate: float) -> None:
+        """Start at `state`, float32 tensors by layer-relative name."""
         self.layer = layer
         self.variant = variant
         self.place = place_of(variant)
         self.module = layer.build(variant, state)
-        self.parameters = list(self.module.parameters())
-        self.masters = [p.detach().float().clone().requires_grad_() for p in self._initial_parameters(state)]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self.peak = settings.learning_rate
+        start = subblock_state(state, self.place)
+        self.masters = {
+            name: start[name].detach().to(parameter.device, torch.float32, copy=True).requires_grad_()
+            for name, parameter in self.module.named_parameters()
+        }
+        self.peak = learning_rate
+        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         self.losses: list[Tensor] = []
         self.seconds = 0.0
 
-    def _initial_parameters(self, state: State) -> Iterator[Tensor]:
-        prefix = "self_attn." if self.place == "attention" else "mlp."
-        for name, parameter in self.module.named_parameters():
-            yield state[prefix + name].to(parameter.device)
+    def accumulate(self, batch: Sequence[BlockStates], total: Tensor) -> None:
+        """Add the gradient of sum (o_parent - o_child)^2 / total over the chunks of a batch; note the loss."""
+        error = torch.zeros((), device=self.layer.device)
+        for states in batch:
+            if self.place == "attention":
+                output = self.layer.attend(self.module, states.attention_input)
+            else:
+                output = self.layer.feed(self.module, states.ffn_input)
+            terms = self.layer.branch_difference(states, self.place, output)
+            difference = (terms[0] + terms[1] if len(terms) == 2 else terms[0]).detach()
+            # The gradient of the loss with respect to each term is the same; no graph is needed for the loss itself.
+            gradient = difference * (2 / total)
+            torch.autograd.backward(terms, [gradient.to(t.dtype) for t in terms])
+            error += difference.float().square().sum()
+        self.losses.append(error / total)
 
-    def step(self, states: BlockStates, lr_factor: float) -> None:
-        """Take one step on a batch."""
-        started = time.perf_counter()
-        if self.place == "attention":
-            output = self.layer.attend(self.module, states.attention_input)
-        else:
-            output = self.layer.feed(self.module, states.ffn_input)
-        terms = self.layer.branch_difference(states, self.place, output)
-        difference = (terms[0] + terms[1] if len(terms) == 2 else terms[0]).detach()
-        total = states.output_squares()
-        # The gradient of the loss with respect to each term is the same; no graph is needed for the loss itself.
-        gradient = difference * (2 / total)
-        torch.autograd.backward(terms, [gradient.to(t.dtype) for t in terms])
-        self.losses.append(difference.float().square().sum() / total)
-        self._update(lr_factor)
-        self.seconds += time.perf_counter() - started
-
-    def _update(self, lr_factor: float) -> None:
-        for master, parameter in zip(self.masters, self.parameters, strict=True):
-            assert parameter.grad is not None
-            master.grad = parameter.grad.float()
-            parameter.grad = None
-        self.optimizer.param_groups[0]["lr"] = self.peak * lr_factor
+    def update(self, learning_rate_factor: float) -> None:
+        """Take an AdamW step with what was accumulated."""
+        parameters = dict(self.module.named_parameters())
+        for name, master in self.masters.items():
+            gradient = parameters[name].grad
+            assert gradient is not None
+            master.grad = gradient.float()
+            parameters[name].grad = None
+        self.optimizer.param_groups[0]["lr"] = self.peak * learning_rate_factor
         self.optimizer.step()
         with torch.no_grad():
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                parameter.copy_(master)
+            for name, master in self.masters.items():
+                parameters[name].copy_(master)
 
     def state(self) -> State:
-        """Return the trained tensors by layer-relative name, float32, on the CPU."""
-        names = (name for name, _ in self.module.named_parameters())
-        masters = {name: master.detach().cpu() for name, master in zip(names, self.masters, strict=True)}
+        """Return the tensors by layer-relative name, float32, on the CPU; the norm's is the parent's."""
+        masters = {name: master.detach().cpu() for name, master in self.masters.items()}
         return piece_state(masters, self.place, self.layer.norm_weight(self.place).cpu())
 
 
@@ -163,16 +164,21 @@ def _thin(losses: list[float], tokens_per_step: int) -> list[tuple[int, float]]:
     return points
 
 
-def _train(layer: ParentLayer, students: list[_Student], cache: ActivationCache, settings: LibrarySettings, progress: Progress) -> int:
+def _train(layer: ParentLayer, students: list[Student], cache: ActivationCache, settings: LibrarySettings, progress: Progress) -> int:
     """Train all students in one pass; returns the tokens that each saw."""
     row_length = cache.tokens("train").shape[1]
     tokens_per_step = settings.rows_per_step * row_length
     num_steps = -(-settings.num_tokens // tokens_per_step)
     order = row_order(cache.num_rows("train") - held_out_rows(cache), num_steps * settings.rows_per_step, settings.seed)
+    rows_per_chunk = max(1, _TOKENS_PER_CHUNK // row_length)
     for step, rows in enumerate(order.split(settings.rows_per_step)):
-        states = layer.run(cache.gather("train", layer.layer, rows))
+        batch = [layer.run(chunk) for chunk in cache.gather("train", layer.layer, rows).split(rows_per_chunk)]
+        total = torch.stack([states.output_squares() for states in batch]).sum()
         for student in students:
-            student.step(states, learning_rate_factor(step, num_steps))
+            started = time.perf_counter()
+            student.accumulate(batch, total)
+            student.update(learning_rate_factor(step, num_steps))
+            student.seconds += time.perf_counter() - started
         progress((step + 1) * tokens_per_step, num_steps * tokens_per_step, "tokens")
     return num_steps * tokens_per_step
 
@@ -203,7 +209,7 @@ def distill_pieces(
     rounded = {v: {name: t.to(store_dtype) for name, t in state.items()} for v, state in initial.items()}
     before = held_out_losses(layer, {v: layer.build(v, s) if s else None for v, s in rounded.items()}, cache)
     results = {v: Distilled(rounded[v], before[v], before[v], "initialised") for v in initial}
-    students = [_Student(layer, variant, state, settings) for variant, state in initial.items() if state]
+    students = [Student(layer, variant, state, settings.learning_rate) for variant, state in initial.items() if state]
     if settings.num_tokens and students:
         num_tokens = _train(layer, students, cache, settings, progress)
         trained = {s.variant: {name: t.to(store_dtype) for name, t in s.state().items()} for s in students}

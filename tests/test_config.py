@@ -1,0 +1,279 @@
+"""Configuration: every shipped file is valid and fits its parent, and every bad input is refused with file, field, value and fix."""
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from transformers import LlamaConfig
+
+from puzzle_dag import preflight
+from puzzle_dag.architecture import variant_union
+from puzzle_dag.config import ConfigError, SearchSpaceSettings, check_name, read_profile, read_scenario, read_target, resolve_space
+from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
+from puzzle_dag.model.families import to_puzzle_dag_config
+from puzzle_dag.preflight import DiskFullError, activations_bytes, check_profile, require_disk, resolve_spaces
+from puzzle_dag.pretrain.recipe import read_recipe
+
+CONF = Path(__file__).parents[1] / "conf"
+PROFILES = sorted(p.stem for p in (CONF / "profiles").glob("*.yaml"))
+
+
+def bundled_shape() -> PuzzleDagConfig:
+    return to_puzzle_dag_config(read_recipe(CONF / "pretrain" / "tiny.yaml").shape.to_llama(eos_token_id=0))
+
+
+def llama_shape(**changes: Any) -> PuzzleDagConfig:
+    """The published shape of Llama-3.1-8B, or that with changes."""
+    shape: dict[str, Any] = {
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "max_position_embeddings": 131_072,
+    }
+    return to_puzzle_dag_config(LlamaConfig(**{**shape, **changes}))
+
+
+MICRO = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+}
+SHAPES = {
+    "tiny": bundled_shape,
+    "quality": bundled_shape,
+    "llama-3.1-8b-h100": llama_shape,
+    "micro": lambda: llama_shape(**MICRO),
+}
+
+
+@pytest.fixture
+def conf(tmp_path: Path) -> Path:
+    """A copy of the shipped configuration to break."""
+    return Path(shutil.copytree(CONF, tmp_path / "conf"))
+
+
+def edit(path: Path, **fields: Any) -> None:
+    """Set fields of a YAML file; "a__b" reaches into a mapping."""
+    content = yaml.safe_load(path.read_text())
+    for name, value in fields.items():
+        *parents, last = name.split("__")
+        place = content
+        for part in parents:
+            place = place[part]
+        place[last] = value
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_shipped_profile_fits_its_parent_targets_and_scenarios(profile):
+    check_profile(CONF, read_profile(CONF, profile), SHAPES[profile]())
+
+
+@pytest.mark.parametrize("kind", ["targets", "scenarios"])
+def test_every_shipped_target_and_scenario_belongs_to_a_profile(kind):
+    read = read_target if kind == "targets" else read_scenario
+    names = {p.stem for p in (CONF / kind).glob("*.yaml")}
+    for name in names:
+        read(CONF, name)
+    assert names == {n for p in PROFILES for n in getattr(read_profile(CONF, p), kind)}
+
+
+@pytest.mark.parametrize(("profile", "num_pairs"), [("tiny", 25), ("quality", 42), ("llama-3.1-8b-h100", 54)])
+def test_search_spaces_have_the_pairs_that_they_claim(profile, num_pairs):
+    spaces = resolve_spaces(read_profile(CONF, profile), SHAPES[profile]())
+    assert {len(s.blocks) for s in spaces} == {num_pairs}
+    attentions, ffns = variant_union(spaces)
+    assert {a.kind for a in attentions} == {"gqa", "linear", "noop"} and {f.kind for f in ffns} == {"swiglu", "linear", "noop"}
+
+
+def test_shares_become_widths_that_the_kernels_like():
+    spaces = resolve_spaces(read_profile(CONF, "llama-3.1-8b-h100"), llama_shape())
+    widths = {f.intermediate_size for f in spaces[0].ffns if f.kind == "swiglu"}
+    assert widths == {14336, 12544, 10752, 7168, 3584, 2816, 1536}  # 100, 87, 75, 50, 25, 20, 10 %, to multiples of 256
+
+
+def space(**fields: Any) -> SearchSpaceSettings:
+    return SearchSpaceSettings(**{"attention": ("kv4",), "ffn": (0.5,), **fields})
+
+
+def resolved(settings: SearchSpaceSettings, layer: int = 0) -> tuple[set[str], set[str]]:
+    variants = resolve_space(settings, layer=layer, num_layers=4, kv_heads=8, intermediate_size=768)
+    return {a.name for a in variants.attentions}, {f.name for f in variants.ffns}
+
+
+def test_overrides_replace_or_add_for_one_layer_only():
+    settings = space(overrides={1: {"ffn": ("noop",)}, 2: {"add_ffn": ("w96",), "add_attention": ("noop",)}})
+    assert resolved(settings, 0) == ({"kv8", "kv4"}, {"w768", "w384"})
+    assert resolved(settings, 1) == ({"kv8", "kv4"}, {"w768", "noop"})
+    assert resolved(settings, 2) == ({"kv8", "kv4", "noop"}, {"w768", "w384", "w96"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ffn": ("w1024",)}, "w1024: wider than the parent's 768 channels; use at most w768"),
+        ({"ffn": (1.5,)}, "share 1.5 must be above 0 and at most 1"),
+        ({"ffn": (-0.5,)}, "share -0.5 must be above 0"),
+        ({"ffn": ("half",)}, "'half' not understood; write wN, linear or noop"),
+        ({"attention": ("kv3",)}, "8 KV heads can't be merged into 3; use one of kv8, kv4, kv2, kv1"),
+        ({"attention": ("kv16",)}, "8 KV heads can't be merged into 16"),
+        ({"attention": ("kv0",)}, "'kv0' not understood"),
+        ({"overrides": {9: {"ffn": ("noop",)}}}, "layer 9 isn't there; the parent has layers 0 to 3"),
+    ],
+)
+def test_variants_that_the_parent_does_not_allow_are_refused(fields, message):
+    with pytest.raises(ConfigError, match="search_space") as caught:
+        resolved(space(**fields))
+    assert message in str(caught.value)
+
+
+PROFILE_ERRORS = [
+    ({"library__num_tokens": -5}, ["line", "`library.num_tokens`", "greater than or equal to 0", "-5"]),
+    ({"tokens__activations": 0}, ["`tokens.activations`", "greater than 0"]),
+    ({"tokens__score": 10}, ["`tokens.score` is unknown; did you mean `scores`?"]),
+    ({"corpus__worldseed": 3}, ["worldseed` is unknown; did you mean `world_seed`?"]),
+    ({"search_space__ffn": []}, ["`search_space.ffn`", "needs at least one variant"]),
+    ({"parent": {}}, ["`parent`", "give exactly one of `path`"]),
+    ({"parent": {"path": "a", "hub": "b"}}, ["give exactly one of `path`"]),
+    ({"library__learning_rate": float("inf")}, ["`library.learning_rate`", "finite"]),
+    ({"device": "gpu"}, ["`device`", "'cuda'", "'gpu'"]),
+    ({"library__initialisation": "closed"}, ["did you mean `closed_form`?"]),
+    ({"targets": ["../../etc/passwd"]}, ["`targets.0`", "../../etc/passwd"]),
+    ({"name": "other"}, ["`name` is 'other'", "stem is 'tiny'"]),
+    ({"version": 2}, ["`version`", "2"]),
+]
+
+
+@pytest.mark.parametrize(("fields", "parts"), PROFILE_ERRORS)
+def test_profile_errors_name_file_field_value_and_fix(conf, fields, parts):
+    path = conf / "profiles" / "tiny.yaml"
+    edit(path, **fields)
+    with pytest.raises(ConfigError) as caught:
+        read_profile(conf, "tiny")
+    for part in (str(path), *parts):
+        assert part in str(caught.value)
+
+
+SCENARIO_ERRORS = [
+    ({"constraints": {"latency": {"at_most": 1}}}, ["`constraints.latency`", "did you mean `latency_s`?"]),
+    ({"constraints": {}}, ["`constraints`", "at least 1"]),
+    ({"constraints": {"latency_s": {}}}, ["give `at_least` or `at_most`"]),
+    ({"constraints": {"latency_s": {"at_most": -1}}}, ["`constraints.latency_s.at_most`", "-1"]),
+    ({"constraints": {"latency_s": {"at_most": 1, "at_least": 2}}}, ["at_least 2.0 is above at_most 1.0"]),
+    ({"constraints": {"latency_s": {"at_mots": 1}}}, ["did you mean `at_most`?"]),
+    ({"uptrain": {}}, ["`uptrain.tokens` is missing"]),
+    ({"retention_floor": 1.1}, ["`retention_floor`", "1.1"]),
+    ({"objective": {"minimize": "loss"}}, ["`objective.minimize`", "did you mean"]),
+]
+
+
+@pytest.mark.parametrize(("fields", "parts"), SCENARIO_ERRORS)
+def test_scenario_errors_name_file_field_value_and_fix(conf, fields, parts):
+    path = conf / "scenarios" / "latency-70.yaml"
+    edit(path, **fields)
+    with pytest.raises(ConfigError) as caught:
+        read_scenario(conf, "latency-70")
+    for part in (str(path), *parts):
+        assert part in str(caught.value)
+
+
+def test_errors_name_the_line(conf):
+    path = conf / "scenarios" / "latency-70.yaml"
+    path.write_text("version: 1\ntarget: cpu-chat\nconstraints:\n  latency_s:\n    at_most: 0\nuptrain: {tokens: 1}\n")
+    with pytest.raises(ConfigError, match=r"line 5: field `constraints\.latency_s\.at_most`"):
+        read_scenario(conf, "latency-70")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version: 1\nversion: 1\n", "`version` is there twice"),
+        ("- a\n", "must be a mapping"),
+        ("a: [\n", "no YAML"),
+        ("", "must be a mapping"),
+        ("a: !!python/object/apply:os.getcwd []\n", "no YAML"),
+    ],
+)
+def test_files_that_are_no_settings_are_refused(conf, text, message):
+    (conf / "targets" / "cpu-chat.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_target(conf, "cpu-chat")
+
+
+def test_bytes_that_are_no_text_are_refused(conf):
+    (conf / "targets" / "cpu-chat.yaml").write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ConfigError, match="no YAML"):
+        read_target(conf, "cpu-chat")
+
+
+def test_batch_sizes_must_increase(conf):
+    edit(conf / "targets" / "cpu-chat.yaml", batch_sizes=[8, 1])
+    with pytest.raises(ConfigError, match=r"must be positive and increasing, e\.g\. \[1, 8, 32\]"):
+        read_target(conf, "cpu-chat")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", ".hidden", "UPPER", "a" * 65, "a b", "a\n", "a'; drop table x"])
+def test_names_that_would_leave_the_folder_are_refused(name):
+    for read in (read_profile, read_target, read_scenario):
+        with pytest.raises(ConfigError, match="name"):
+            read(CONF, name)
+    with pytest.raises(ConfigError):
+        check_name(name)
+
+
+def test_a_missing_file_lists_what_there_is():
+    with pytest.raises(ConfigError, match=r"does not exist; did you mean `cpu-chat`\?; there are: cpu-chat, cpu-prefill"):
+        read_target(CONF, "cpu-chta")
+
+
+def check_tiny(conf: Path) -> None:
+    check_profile(conf, read_profile(conf, "tiny"), bundled_shape())
+
+
+@pytest.mark.parametrize(
+    ("file", "fields", "message"),
+    [
+        ("profiles/tiny", {"targets": ["cpu-prefil", "cpu-chat"]}, "did you mean `cpu-prefill`"),
+        ("profiles/tiny", {"scenarios": ["memory-06"]}, "did you mean `memory-60`"),
+        ("scenarios/latency-70", {"target": "gpu-chat"}, "'gpu-chat', which the profile doesn't measure; use one of cpu-chat, cpu-prefill"),
+        ("scenarios/latency-70", {"batch_sizes": [8, 9]}, r"batch_sizes is \[8, 9\]; target cpu-prefill measures \[4, 8, 16\]"),
+        ("scenarios/latency-70", {"constraints__latency_s__at": {"batch": 5}}, r"latency_s.at.batch is 5; target cpu-prefill measures"),
+        ("targets/cpu-chat", {"input_length": 2048}, "input_length \\+ output_length is 2112; the parent takes at most 1024"),
+        ("profiles/tiny", {"tokens__row_length": 2048}, "tokens.row_length is 2048; the parent takes at most 1024"),
+        ("profiles/tiny", {"tokens__scores": 100}, "tokens.scores is 100, less than one row of 256"),
+        ("profiles/tiny", {"search_space__ffn": ["w1024"]}, "wider than the parent's 768 channels"),
+    ],
+)
+def test_files_that_do_not_fit_each_other_or_the_parent_are_refused(conf, file, fields, message):
+    edit(conf / f"{file}.yaml", **fields)
+    with pytest.raises(ConfigError, match=message):
+        check_tiny(conf)
+
+
+def test_activations_of_an_8b_parent_are_counted_exactly():
+    assert activations_bytes(llama_shape(), 1_048_576) == 33 * 1_048_576 * 4096 * 2
+    assert activations_bytes(llama_shape(**MICRO), 10, "float32") == 3 * 10 * 64 * 4
+
+
+def test_a_full_disk_is_an_error_before_the_compute(tmp_path, monkeypatch):
+    asked = []
+
+    def disk_usage(path):
+        asked.append(Path(path))
+        return SimpleNamespace(total=2**40, used=2**40 - 2**30, free=2**30)
+
+    monkeypatch.setattr(preflight.shutil, "disk_usage", disk_usage)
+    with pytest.raises(DiskFullError, match=r"activations need 277\.20 GiB on the disk of .*, which has 1\.00 GiB free; free some"):
+        require_disk(tmp_path / "not" / "there", activations_bytes(llama_shape(), 1_048_576), "the activations")
+    require_disk(tmp_path / "not" / "there", 2**29, "the activations")
+    assert asked == [tmp_path, tmp_path]

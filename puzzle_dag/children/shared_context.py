@@ -56,11 +56,10 @@ class SharedContextLM(HFLM):  # type: ignore[misc]
         answers: list[_Answer | None] = [None] * len(requests)
         num_done = 0
         for start in range(0, len(order), int(self.batch_size)):
-            contexts = order[start : start + int(self.batch_size)]
-            continuations = [[requests[i][2] for i in groups[c]] for c in contexts]
-            found = score_choices(self.model, contexts, continuations)
-            for context, values in zip(contexts, found, strict=True):
-                for index, value in zip(groups[context], values, strict=True):
+            keys = order[start : start + int(self.batch_size)]
+            continuations = [[requests[i][2] for i in groups[key]] for key in keys]
+            for key, values in zip(keys, score_choices(self.model, keys, continuations), strict=True):
+                for index, value in zip(groups[key], values, strict=True):
                     answers[index] = value
                 num_done += len(values)
             self.progress(num_done, len(requests), "choices")

@@ -50,7 +50,8 @@ def child_config(parent_config: PuzzleDagConfig, architecture: Architecture) -> 
         ValueError: the architecture has another number of layers, or KV heads that don't divide the query heads.
     """
     if len(architecture) != parent_config.num_hidden_layers:
-        raise ValueError(f"architecture has {len(architecture)} layers, the parent {parent_config.num_hidden_layers}; give one block a layer")
+        num_layers = parent_config.num_hidden_layers
+        raise ValueError(f"architecture has {len(architecture)} layers, the parent {num_layers}; give one block a layer")
     fields = parent_config.to_dict()
     fields.pop("model_type")
     fields["per_layer_config"] = {index: _layer_overrides(block) for index, block in enumerate(architecture)}

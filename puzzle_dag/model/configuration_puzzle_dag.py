@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 PLACES = ("attention", "mlp")
 
 
-class PuzzleDagConfig(LlamaConfig):
+class PuzzleDagConfig(LlamaConfig):  # type: ignore[misc]
     """A Llama configuration plus what Mistral, Qwen2 and Qwen3 add, and which places of a layer became linear.
 
     `replace_with_linear` lists the places of a layer ("attention", "mlp") that are one linear map; the global
@@ -46,23 +46,28 @@ class PuzzleDagConfig(LlamaConfig):
 
         Unlike Llama's, the head dimension is explicit, so the hidden size need not be a multiple of the heads.
         """
-        if self.num_attention_heads * self.head_dim <= 0 or self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, num_attention_heads {self.num_attention_heads}; rotary embedding needs an even head_dim")
+        if self.head_dim <= 0 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
         for index in range(self.num_hidden_layers):
             layer = self.per_layer_config[index]
             skip, linear = getattr(layer, "skip", None) or [], layer.replace_with_linear or []
             unknown = [place for place in (*skip, *linear) if place not in PLACES]
             if unknown:
-                raise ValueError(f"layer {index}: place {unknown[0]!r} in `skip` or `replace_with_linear` is unknown; use {' or '.join(PLACES)}")
+                fields = "`skip` or `replace_with_linear`"
+                raise ValueError(f"layer {index}: place {unknown[0]!r} in {fields} is unknown; use {' or '.join(PLACES)}")
             both = sorted(set(skip) & set(linear))
             if both:
                 raise ValueError(f"layer {index}: {both[0]} is in both `skip` and `replace_with_linear`; keep one")
             if layer.num_key_value_heads <= 0 or self.num_attention_heads % layer.num_key_value_heads:
-                raise ValueError(
-                    f"layer {index}: num_key_value_heads is {layer.num_key_value_heads}; it must divide num_attention_heads, {self.num_attention_heads}"
-                )
+                kv_heads, heads = layer.num_key_value_heads, self.num_attention_heads
+                raise ValueError(f"layer {index}: num_key_value_heads is {kv_heads}; use a divisor of num_attention_heads, {heads}")
             if layer.intermediate_size <= 0:
                 raise ValueError(f"layer {index}: intermediate_size is {layer.intermediate_size}; for no FFN write skip: [mlp]")
+
+    def layer_window(self, layer: int) -> int | None:
+        """Return the tokens that a layer's attention sees, or None where it sees all before."""
+        assert self.layer_types is not None
+        return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
 
     def to_diff_dict(self) -> dict[str, Any]:
         """Write every field, defaults included: a reader with other defaults must not read another model."""

@@ -1,5 +1,6 @@
 """The families of parents: how a transformers configuration of each is read as ours, every trait explicit."""
 
+from collections.abc import Callable
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -7,7 +8,7 @@ from transformers import PretrainedConfig
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 # Traits that transformers hard-codes in the family's modeling file, and those it reads from the configuration.
-_BIASES = {
+_BIASES: dict[str, Callable[[Any], dict[str, bool]]] = {
     "llama": lambda c: {"qkv_bias": c.attention_bias, "o_bias": c.attention_bias, "mlp_bias": c.mlp_bias},
     "mistral": lambda c: {"qkv_bias": False, "o_bias": False, "mlp_bias": False},
     "qwen2": lambda c: {"qkv_bias": True, "o_bias": False, "mlp_bias": False},
@@ -40,11 +41,11 @@ def to_puzzle_dag_config(config: PretrainedConfig) -> PuzzleDagConfig:
     if family not in FAMILIES:
         raise UnsupportedFamilyError(f"model_type is {family!r}, which is not supported; use a parent of: {', '.join(FAMILIES)}")
     if config.hidden_act != "silu":
-        raise UnsupportedFamilyError(f"hidden_act is {config.hidden_act!r}, which is not supported; use a parent with silu (SwiGLU FFNs)")
+        raise UnsupportedFamilyError(f"hidden_act is {config.hidden_act!r}, which is not supported; use a parent with silu (SwiGLU)")
     layer_types = _layer_types(config)
     unknown = sorted(set(layer_types) - {"full_attention", "sliding_attention"})
     if unknown:
-        raise UnsupportedFamilyError(f"layer type {unknown[0]!r} is not supported; use a parent with full_attention and sliding_attention only")
+        raise UnsupportedFamilyError(f"layer type {unknown[0]!r} is not supported; use a parent with full or sliding attention")
     return PuzzleDagConfig(
         family=family,
         **_BIASES[family](config),

@@ -40,7 +40,7 @@ class GroupedQueryAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // num_kv_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.sliding_window = config.sliding_window if config.layer_types[layer_index] == "sliding_attention" else None
+        self.sliding_window = config.layer_window(layer_index)
         q_size, kv_size = config.num_attention_heads * self.head_dim, num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.qkv_bias)
@@ -76,7 +76,8 @@ class GroupedQueryAttention(nn.Module):
         if self.sliding_window is not None:
             kwargs["sliding_window"] = self.sliding_window
         output, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.reshape(*shape, -1).contiguous())
+        projected: Tensor = self.o_proj(output.reshape(*shape, -1).contiguous())
+        return projected
 
 
 class LinearAttention(nn.Module):
@@ -88,7 +89,8 @@ class LinearAttention(nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map [batch, length, hidden] to the same shape."""
-        return self.linear_attn(hidden_states)
+        mapped: Tensor = self.linear_attn(hidden_states)
+        return mapped
 
 
 class SwiGLU(nn.Module):
@@ -103,7 +105,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map [batch, length, hidden] to the same shape."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        mapped: Tensor = self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return mapped
 
 
 class LinearFFN(nn.Module):
@@ -115,7 +118,8 @@ class LinearFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map [batch, length, hidden] to the same shape."""
-        return self.linear_mlp(hidden_states)
+        mapped: Tensor = self.linear_mlp(hidden_states)
+        return mapped
 
 
 class PuzzleDagLayer(nn.Module):
@@ -161,7 +165,7 @@ class PuzzleDagLayer(nn.Module):
         return hidden_states
 
 
-class PuzzleDagPreTrainedModel(PreTrainedModel):
+class PuzzleDagPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     """What transformers needs to know to load and place the weights."""
 
     config_class = PuzzleDagConfig
@@ -228,7 +232,7 @@ class PuzzleDagModel(PuzzleDagPreTrainedModel):
         )
 
 
-class PuzzleDagForCausalLM(PuzzleDagPreTrainedModel, GenerationMixin):
+class PuzzleDagForCausalLM(PuzzleDagPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The heterogeneous model with its language-model head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 (transformers' own convention)

@@ -50,7 +50,8 @@ class Parent:
     @property
     def num_layers(self) -> int:
         """Number of layers."""
-        return self.config.num_hidden_layers
+        num_layers: int = self.config.num_hidden_layers
+        return num_layers
 
     @property
     def kv_heads(self) -> int:
@@ -100,7 +101,8 @@ def read_parent_shape(source: ParentSource, root: Path) -> PuzzleDagConfig:
     except OSError as error:
         raise ParentNotFoundError(f"parent: the configuration of {location} can't be read: {error}") from error
     except ValueError as error:
-        raise UnsupportedFamilyError(f"parent: {location} is of no known family ({error}); use a parent of: {', '.join(FAMILIES)}") from error
+        supported = ", ".join(FAMILIES)
+        raise UnsupportedFamilyError(f"parent: the family of {location} is not known; use a parent of: {supported} ({error})") from error
     return to_puzzle_dag_config(config)
 
 

@@ -8,7 +8,9 @@ import os
 
 import dagster as dg
 
+from assets.automation import automation
 from assets.configuration import configuration_assets
+from assets.costs import cost_assets
 from assets.library import library_assets
 from assets.parent import parent_assets
 from assets.plan import Plan, make_plan
@@ -21,8 +23,12 @@ DEFAULT_PROFILE = "tiny"
 
 def build_definitions(plan: Plan) -> dg.Definitions:
     """Return the definitions of one profile."""
+    refresh_job, conf_sensor = automation(plan)
+    factories = (configuration_assets, parent_assets, library_assets, score_assets, cost_assets)
     return dg.Definitions(
-        assets=[*configuration_assets(plan), *parent_assets(plan), *library_assets(plan), *score_assets(plan)],
+        assets=[asset for factory in factories for asset in factory(plan)],
+        jobs=[refresh_job],
+        sensors=[conf_sensor],
         resources={"workspace": Workspace(root=str(plan.root), profile=plan.profile.name)},
         executor=dg.in_process_executor,
     )

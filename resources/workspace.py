@@ -104,6 +104,16 @@ class Workspace(dg.ConfigurableResource):  # type: ignore[type-arg]
         """Read a target's file. Raises ConfigError."""
         return read_target(self.conf, name)
 
+    @staticmethod
+    def target_of(spec: dict[str, Any]) -> Target:
+        """Return the target that a record of `target_spec` says."""
+        return Target.model_validate(spec)
+
+    @staticmethod
+    def scenario_of(spec: dict[str, Any]) -> Scenario:
+        """Return the scenario that a record of `scenario_spec` says."""
+        return Scenario.model_validate(spec)
+
     def read_scenario(self, name: str) -> Scenario:
         """Read a scenario's file. Raises ConfigError."""
         return read_scenario(self.conf, name)

@@ -1,0 +1,114 @@
+"""Costs: what each variant costs on each target, measured with the engine that will serve."""
+
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from assets.materialise import Stopwatch, materialised, picture, table
+from assets.plan import Plan
+from puzzle_dag.architecture import FFN, Attention, Block
+from puzzle_dag.progress import ProgressLog
+from puzzle_dag.store import fingerprint
+from resources.workspace import Workspace
+
+if TYPE_CHECKING:
+    from puzzle_dag.costs.table import CostTable
+
+
+def parent_block(plan: Plan) -> Block:
+    """Return the parent's own block."""
+    return Block(Attention("gqa", plan.shape.num_key_value_heads), FFN("swiglu", plan.shape.intermediate_size))
+
+
+def _draw(costs: "CostTable") -> bytes:
+    from puzzle_dag.report.pictures import cost_curves
+
+    curves: dict[str, dict[str, dict[int, float]]] = {"attention": {}, "ffn": {}, "constant": {}}
+    for row in costs.rows:
+        by_batch = curves[row.place].setdefault(row.variant, {})
+        by_batch[row.batch] = by_batch.get(row.batch, 0.0) + row.seconds
+    return cost_curves(curves["attention"], curves["ffn"], title=costs.target.name)
+
+
+def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
+    @dg.asset(
+        **plan.options(
+            "block_costs",
+            deps=["cost_variants", "target_spec"],
+            stages=["puzzle_dag.costs.measure"],
+            partitions=plan.partitions.targets,
+            kinds=("vllm", "parquet"),
+            device=True,
+            description="Seconds and bytes of each variant at each batch size and phase; only probes that the store lacks are measured.",
+        )
+    )
+    def block_costs(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        from puzzle_dag.costs.measure import measure_target
+
+        variants, spec = workspace.shelf.value("cost_variants"), workspace.shelf.value("target_spec", context.partition_key)
+        log, num_engines_run = ProgressLog(f"costs {context.partition_key}"), 0
+
+        def progress(done: int, total: int, unit: str) -> None:
+            nonlocal num_engines_run
+            num_engines_run = max(num_engines_run, done)
+            log(done, total, unit)
+
+        with workspace.device():
+            time = Stopwatch()
+            costs = measure_target(
+                plan.shape,
+                parent_block(plan),
+                workspace.target_of(spec),
+                [Attention.parse(a) for a in variants["attention"]],
+                [FFN.parse(f) for f in variants["ffn"]],
+                workspace.store,
+                progress=progress,
+            )
+        path = workspace.tables / "costs" / f"{context.partition_key}.parquet"
+        costs.write(path)
+        rows = [{"batch": r.batch, "phase": r.phase, "place": r.place, "variant": r.variant, "seconds": r.seconds} for r in costs.rows]
+        return materialised(
+            context,
+            plan,
+            workspace,
+            {"target_spec": fingerprint(spec), "digest": costs.digest, "num_engines": costs.num_engines, "num_engines_run": num_engines_run},
+            data_version=costs.digest,
+            files=[path],
+            metadata={
+                "num_engines_run": num_engines_run,
+                "num_engines": costs.num_engines,
+                "hardware": costs.rows[0].hardware,
+                "engine_version": costs.rows[0].engine_version,
+                "costs": table(rows),
+                "picture": picture(_draw(costs), "seconds a layer"),
+            },
+            seconds=time.seconds,
+        )
+
+    return block_costs
+
+
+def _cost_table_asset(plan: Plan) -> dg.AssetsDefinition:
+    @dg.asset(
+        **plan.options(
+            "cost_table",
+            deps=["block_costs"],
+            kinds=("parquet",),
+            description="The costs of all targets whose measurement is up to date.",
+        )
+    )
+    def cost_table(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        shelf, targets = workspace.shelf, {}
+        for target in workspace.read_profile().targets:
+            costs, spec = shelf.find("block_costs", target), shelf.find("target_spec", target)
+            # A target whose measurement failed still has its former costs; they are not of today's target.
+            if costs is not None and spec is not None and costs.value["target_spec"] == fingerprint(spec.value):
+                targets[target] = costs.data_version
+        return materialised(context, plan, workspace, {"targets": targets}, metadata={"targets": ", ".join(targets), "num_targets": len(targets)})
+
+    return cost_table
+
+
+def cost_assets(plan: Plan) -> list[dg.AssetsDefinition]:
+    """Return block_costs and cost_table."""
+    return [_block_costs_asset(plan), _cost_table_asset(plan)]

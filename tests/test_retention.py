@@ -78,7 +78,7 @@ def test_mean_is_over_skills_only_and_propagates_independent_errors() -> None:
 
 def test_results_on_other_items_are_refused() -> None:
     child, parent = draw_pair(50, seed=5)
-    with pytest.raises(UnpairedResultsError, match="50 items.*40"):
+    with pytest.raises(UnpairedResultsError, match=r"50 items.*40"):
         retention([make_result("t", "acc", parent, chance=0.25)], [make_result("t", "acc", child[:40], chance=0.25)])
     with pytest.raises(UnpairedResultsError, match="child has no acc"):
         retention([make_result("t", "acc", parent, chance=0.25)], [])

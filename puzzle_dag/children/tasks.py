@@ -58,7 +58,8 @@ def is_local(name: str) -> bool:
     return name in (CLOZE, PERPLEXITY) or name.startswith(SKILL_PREFIX)
 
 
-def _skill_items(name: str, num_items: int, world_seed: int, seed: int) -> list[Item]:
+def skill_items(name: str, num_items: int, world_seed: int, seed: int) -> list[Item]:
+    """Return the questions of a `skill_` task. Raises UnknownTaskError where there is no such skill."""
     skills = {s.name: s for s in build_skills(build_world(world_seed))}
     skill = skills.get(name.removeprefix(SKILL_PREFIX))
     if skill is None:
@@ -90,16 +91,17 @@ def _cloze_questions(text: str, rng: random.Random) -> Iterator[Item]:
 def _cloze_items(num_items: int, seed: int) -> list[Item]:
     """Draw questions from all files in turn, so that none dominates."""
     rng = random.Random(f"lm-eval/{CLOZE}/{seed}")
-    items: list[Item] = []
+    items: dict[tuple[str, str], Item] = {}  # some files repeat themselves
     files = [_cloze_questions(text, rng) for _, text in read_stdlib_for("grade")]
     while len(items) < num_items and files:
         drawn = [next(questions, None) for questions in files]
         files = [f for f, item in zip(files, drawn, strict=True) if item is not None]
-        items += [item for item in drawn if item is not None]
+        items |= {(item.context, item.choices[item.answer]): item for item in drawn if item is not None}
     if len(items) < num_items:
         raise ValueError(f"accuracy.num_items: {num_items} asked, the held-out library gives {len(items)} cloze items; ask for fewer")
-    rng.shuffle(items)
-    return items[:num_items]
+    chosen = list(items.values())
+    rng.shuffle(chosen)
+    return chosen[:num_items]
 
 
 def _perplexity_documents(seed: int) -> list[str]:
@@ -115,7 +117,7 @@ def _perplexity_documents(seed: int) -> list[str]:
 def _rows(name: str, num_items: int, world_seed: int, seed: int) -> list[dict[str, Any]]:
     if name == PERPLEXITY:
         return [{"text": text} for text in _perplexity_documents(seed)]
-    items = _cloze_items(num_items, seed) if name == CLOZE else _skill_items(name, num_items, world_seed, seed)
+    items = _cloze_items(num_items, seed) if name == CLOZE else skill_items(name, num_items, world_seed, seed)
     return [{"context": i.context, "choices": list(i.choices), "answer": i.answer} for i in items]
 
 
@@ -131,6 +133,7 @@ def _definition(name: str) -> dict[str, Any]:
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
         "target_delimiter": "",
+        "num_fewshot": 0,
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
 

@@ -52,6 +52,11 @@ def read_engine_version() -> str:
     )
 
 
+def worker_command(jobs_path: Path, channel: int) -> list[str]:
+    """Return the command line of a worker that runs the jobs in a file and sends events to a file descriptor."""
+    return [sys.executable, "-m", "puzzle_dag.engine.worker", str(jobs_path), str(channel)]
+
+
 def _build_environment(jobs: Sequence[EngineJob], hardware: Hardware) -> dict[str, str]:
     """Return the worker's environment.
 
@@ -116,11 +121,10 @@ class _Attempt:
     def run(self, take: Callable[[EngineJob, dict[str, Any]], None], hardware: Hardware) -> None:
         """Run the worker to its end, handing each result to `take` as it comes; what failed or hung is in `failures`."""
         read_end, write_end = os.pipe()
-        command = [sys.executable, "-m", "puzzle_dag.engine.worker", str(self.jobs_path), str(write_end)]
         environment = _build_environment(list(self.jobs.values()), hardware)
         with self.log_path.open("wb") as log_file:
             process = subprocess.Popen(
-                command,
+                worker_command(self.jobs_path, write_end),
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=log_file,

@@ -1,0 +1,112 @@
+"""The command `puzzle-dag`: what works without the orchestrator. A user's mistake ends it with one line and status 2."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from puzzle_dag.report.tables import format_bytes, format_seconds, text_table
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from puzzle_dag.doctor import examine
+
+    findings = examine(args.root, quick=args.quick)
+    if args.json:
+        _say(json.dumps([dataclasses.asdict(f) for f in findings], indent=1))
+    else:
+        _say(text_table(("what", "state", "found", "what to do"), [(f.name, f.state, f.text, f.fix) for f in findings]))
+    return int(any(f.state == "problem" for f in findings))
+
+
+def _gc(args: argparse.Namespace) -> int:
+    from puzzle_dag.sweep import sweep
+
+    found = sweep(args.root / "var", unused_days=args.unused_days, dry=args.dry_run)
+    for folder in found.removed:
+        _say(str(folder.relative_to(args.root)))
+    _say(f"{'would go' if args.dry_run else 'removed'}: {len(found.removed)} folders, {format_bytes(found.removed_bytes)}")
+    _say(f"kept: {found.num_kept} folders, {format_bytes(found.kept_bytes)}")
+    return 0
+
+
+def _measure(args: argparse.Namespace) -> int:
+    from puzzle_dag.architecture import FFN, Attention, Block, variant_union
+    from puzzle_dag.config import read_profile, read_target
+    from puzzle_dag.costs.measure import measure_target
+    from puzzle_dag.model.parent import read_parent_shape
+    from puzzle_dag.preflight import check_lengths, resolve_spaces
+    from puzzle_dag.progress import ProgressLog
+    from puzzle_dag.store import ArtifactStore
+
+    profile, target = read_profile(args.root / "conf", args.profile), read_target(args.root / "conf", args.target)
+    shape = read_parent_shape(profile.parent, args.root)
+    check_lengths(profile, {target.name: target}, shape)
+    attentions, ffns = variant_union(resolve_spaces(profile, shape))
+    parent = Block(Attention("gqa", shape.num_key_value_heads), FFN("swiglu", shape.intermediate_size))
+    store, progress = ArtifactStore(args.root / "var" / "store"), ProgressLog(f"measuring {target.name}")
+    table = measure_target(shape, parent, target, attentions, ffns, store, remeasure=args.remeasure, progress=progress)
+    rows = [(r.batch, r.phase, r.place, r.variant, format_seconds(r.seconds)) for r in table.rows]
+    _say(text_table(("batch", "phase", "place", "variant", "time a layer"), rows))
+    if args.out is not None:
+        table.write(args.out)
+        _say(f"written: {args.out}")
+    return 0
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands."""
+    parser = argparse.ArgumentParser(prog="puzzle-dag", description="Smaller children of a large language model, measured and graded.")
+    parser.add_argument("--root", type=Path, default=Path(), help="project folder, with conf/ and var/ (default: the current folder)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    doctor = commands.add_parser("doctor", help="what is installed, what machine this is, whether the engine works, what to do")
+    doctor.add_argument("--quick", action="store_true", help="leave out what takes seconds")
+    doctor.add_argument("--json", action="store_true", help="findings as JSON")
+    doctor.set_defaults(run=_doctor)
+
+    gc = commands.add_parser("gc", help="remove what a crash left half written and what nothing has used for long")
+    gc.add_argument("--unused-days", type=_positive, default=30.0, help="days without use (default: %(default)s)")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would go")
+    gc.set_defaults(run=_gc)
+
+    measure = commands.add_parser("measure", help="measure what every variant of a profile costs on a target")
+    measure.add_argument("--profile", required=True, help="name of a file in conf/profiles")
+    measure.add_argument("--target", required=True, help="name of a file in conf/targets")
+    measure.add_argument("--remeasure", action="store_true", help="measure again what is stored, and replace it")
+    measure.add_argument("--out", type=Path, help="Parquet file for the table")
+    measure.set_defaults(run=_measure)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return 0, 1 where something is wrong with what was looked at, or 2 for a mistake of the user's."""
+    args = build_parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    try:
+        code: int = args.run(args)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

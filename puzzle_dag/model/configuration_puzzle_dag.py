@@ -2,16 +2,18 @@
 
 `per_layer_config` (layer index -> overrides of `num_key_value_heads`, `intermediate_size`, `skip`,
 `replace_with_linear`) is the only stored truth about layers. This file is copied into every checkpoint, beside
-the modeling file, so it imports nothing but transformers.
+the modeling file, so it imports nothing but transformers and what transformers requires.
 """
 
 from typing import Any
 
+from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 PLACES = ("attention", "mlp")
 
 
+@strict
 class PuzzleDagConfig(LlamaConfig):  # type: ignore[misc]
     """A Llama configuration plus what Mistral, Qwen2 and Qwen3 add, and which places of a layer became linear.
 
@@ -40,12 +42,13 @@ class PuzzleDagConfig(LlamaConfig):  # type: ignore[misc]
             self.layer_types = [kind] * self.num_hidden_layers
         self.allow_global_per_layer_attribute_access = True
         super().__post_init__(**kwargs)
+        self._check_layers()
 
     def validate_architecture(self) -> None:
-        """Check what the model is built from. Raises ValueError naming the layer, the field, its value and the fix.
+        """Ask for nothing more: head_dim is explicit, so the hidden size need not be a multiple of the heads, as in Llama."""
 
-        Unlike Llama's, the head dimension is explicit, so the hidden size need not be a multiple of the heads.
-        """
+    def _check_layers(self) -> None:
+        """Raise ValueError, naming layer, field, value and fix, where a layer can't be built."""
         if self.head_dim <= 0 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
         for index in range(self.num_hidden_layers):
@@ -68,8 +71,3 @@ class PuzzleDagConfig(LlamaConfig):  # type: ignore[misc]
         """Return the tokens that a layer's attention sees, or None where it sees all before."""
         assert self.layer_types is not None
         return self.sliding_window if self.layer_types[layer] == "sliding_attention" else None
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Write every field, defaults included: a reader with other defaults must not read another model."""
-        written: dict[str, Any] = self.to_dict()
-        return written

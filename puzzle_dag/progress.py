@@ -22,12 +22,14 @@ class ProgressLog:
         self.logger = logger or logging.getLogger(__name__)
         self._first: tuple[float, int] | None = None
         self._last_s = 0.0
+        self._last_done = 0
 
     def __call__(self, done: int, total: int, unit: str) -> None:
         """Take note that `done` of `total` are done; a smaller `done` than before starts a new run."""
         now_s = time.perf_counter()
-        if self._first is None or done < self._first[1]:
+        if self._first is None or done < self._last_done:
             self._first, self._last_s = (now_s, done), now_s
+        self._last_done = done
         if done < total and now_s - self._last_s < self.every_s:
             return
         self._last_s = now_s

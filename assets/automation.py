@@ -30,7 +30,7 @@ def automation(plan: Plan) -> tuple[dg.JobDefinition, dg.SensorDefinition]:
     def refresh_op(context: dg.OpExecutionContext, config: RefreshConfig) -> None:
         from assets.refresh import refresh
 
-        def tell(outcome) -> None:  # noqa: ANN001 (assets.refresh imports this module's definitions)
+        def tell(outcome) -> None:
             context.log.info(f"{outcome.item}: {outcome.state} ({'; '.join(outcome.reasons)}), {outcome.seconds:.1f} s")
 
         record = refresh(plan.root, plan.profile.name, context.instance, select=config.select, remake=config.remake, on_outcome=tell)

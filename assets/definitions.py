@@ -9,12 +9,15 @@ import os
 import dagster as dg
 
 from assets.automation import automation
+from assets.children import child_assets
 from assets.configuration import configuration_assets
 from assets.costs import cost_assets
+from assets.grading import grading_assets
 from assets.library import library_assets
 from assets.parent import parent_assets
 from assets.plan import Plan, make_plan
 from assets.scores import score_assets
+from assets.search import search_assets
 from resources.workspace import Workspace, project_root
 
 PROFILE_VARIABLE = "PUZZLE_DAG_PROFILE"
@@ -24,7 +27,7 @@ DEFAULT_PROFILE = "tiny"
 def build_definitions(plan: Plan) -> dg.Definitions:
     """Return the definitions of one profile."""
     refresh_job, conf_sensor = automation(plan)
-    factories = (configuration_assets, parent_assets, library_assets, score_assets, cost_assets)
+    factories = (configuration_assets, parent_assets, library_assets, score_assets, cost_assets, search_assets, child_assets, grading_assets)
     return dg.Definitions(
         assets=[asset for factory in factories for asset in factory(plan)],
         jobs=[refresh_job],

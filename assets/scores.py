@@ -36,7 +36,8 @@ def _block_scores_asset(plan: Plan) -> dg.AssetsDefinition:
         from puzzle_dag.report.pictures import score_heat_map
         from puzzle_dag.search.score import score_layer
 
-        library = workspace.shelf.value("block_library", context.partition_key)
+        record = workspace.shelf.find("block_library", context.partition_key)
+        library, version = workspace.shelf.value("block_library", context.partition_key), record.data_version if record else ""
         cache = ActivationCache(workspace.var / "activations")
         with workspace.device():
             time = Stopwatch()
@@ -57,7 +58,7 @@ def _block_scores_asset(plan: Plan) -> dg.AssetsDefinition:
             context,
             plan,
             workspace,
-            {"space": library["space"], "scores": rows},
+            {"library": version, "scores": rows},
             data_version=fingerprint(rows),
             files=[write_rows(workspace.tables / "scores" / f"{context.partition_key}.parquet", rows)],
             metadata={

@@ -1,0 +1,192 @@
+"""The children: assembled from the library, healed, graded and served beside their parent."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.materialise import Stopwatch, files_below, materialised, picture
+from assets.plan import Plan
+from assets.versions import stage_version
+from puzzle_dag.architecture import Block, layer_key
+from puzzle_dag.progress import ProgressLog
+from resources.workspace import Workspace
+
+CHECKPOINT = "checkpoint"
+"""Folder of the checkpoint inside an artifact."""
+
+
+class PiecesChangedError(ValueError):
+    """The library holds other pieces than those that a solution was found with."""
+
+
+def chosen_pieces(workspace: Workspace, choices: list[dict[str, Any]]) -> list[Any]:
+    """Return the library's LayerPieces, a layer each. Raises PiecesChangedError where they are not those of `choices`."""
+    from puzzle_dag.pieces import LayerPieces
+
+    layers = []
+    for choice in choices:
+        key = layer_key(choice["layer"])
+        library, scores = workspace.shelf.find("block_library", key), workspace.shelf.value("block_scores", key)
+        scored = {s["block"]: s["digest"] for s in scores["scores"]}
+        if library is None or scores["library"] != library.data_version or scored.get(choice["block"]) != choice["digest"]:
+            raise PiecesChangedError(f"layer {key}: the library changed after the solution was found; run `python -m assets refresh`")
+        layers.append(LayerPieces.from_json(workspace.store, library.value["pieces"]))
+    return layers
+
+
+def _divergence(workspace: Workspace, folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    from puzzle_dag.children.divergence import measure_divergence
+    from puzzle_dag.model.checkpoint import load_checkpoint
+
+    parent, rows = workspace.load_parent(), load_file(workspace.var / "tokens.safetensors")["heldout"]
+    child = load_checkpoint(folder, device=parent.model.device)
+    return asdict(measure_divergence(parent.model, child, rows.to(parent.model.device)))
+
+
+def _divergence_metadata(divergence: dict[str, Any]) -> dict[str, Any]:
+    return {"kl": divergence["kl"]["mean"], "lm_loss": divergence["lm_loss"]["mean"], "top1_agreement": divergence["top1_agreement"]["mean"]}
+
+
+def _child_asset(plan: Plan) -> dg.AssetsDefinition:
+    stages = ["puzzle_dag.children.assemble", "puzzle_dag.children.divergence"]
+
+    @dg.asset(
+        **plan.options(
+            "child",
+            deps=["solution", "parent", "tokens"],
+            stages=stages,
+            partitions=plan.partitions.scenarios,
+            kinds=("huggingface", "safetensors"),
+            device=True,
+            description="The assembled child: the parent's embeddings and head around one chosen block a layer.",
+        )
+    )
+    def child(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        from puzzle_dag.children.assemble import assemble_child
+
+        solution = workspace.shelf.value("solution", context.partition_key)["solution"]
+        pieces = chosen_pieces(workspace, solution["choices"])
+        architecture = tuple(Block.parse(c["block"]) for c in solution["choices"])
+        with workspace.device():
+            time, parent = Stopwatch(), workspace.load_parent()
+            inputs = {"version": stage_version(stages[0]), "parent": parent.digest, "choices": solution["digest"]}
+            made = workspace.keep("child", inputs, lambda folder: (assemble_child(parent, architecture, pieces, folder / CHECKPOINT), {}))
+            divergence = _divergence(workspace, made.folder / CHECKPOINT)
+        value = {"solution": solution["digest"], "key": made.folder.name, "digest": made.digest, "divergence": divergence}
+        return materialised(
+            context,
+            plan,
+            workspace,
+            value,
+            data_version=made.digest,
+            files=files_below(made.folder),
+            metadata={"folder": dg.MetadataValue.path(str(made.folder / CHECKPOINT)), **_divergence_metadata(divergence)},
+            seconds=time.seconds,
+        )
+
+    return child
+
+
+def _uptrained_child_asset(plan: Plan) -> dg.AssetsDefinition:
+    profile = plan.profile
+    stages = ["puzzle_dag.children.uptrain", "puzzle_dag.corpus.tokens", "puzzle_dag.children.divergence"]
+    settings = {
+        "uptrain": profile.uptrain.model_dump(),
+        "dtype": profile.dtype,
+        "row_length": profile.tokens.row_length,
+        "seed": profile.seed,
+    }
+
+    @dg.asset(
+        **plan.options(
+            "uptrained_child",
+            deps=["child", "parent", "corpus", "tokens"],
+            stages=stages,
+            settings=settings,
+            partitions=plan.partitions.scenarios,
+            kinds=("pytorch", "huggingface"),
+            device=True,
+            description="The child after global knowledge distillation (cosine of hidden states + KL of logits); a killed run goes on.",
+        )
+    )
+    def uptrained_child(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        from puzzle_dag.children.uptrain import uptrain_child
+        from puzzle_dag.corpus.tokens import build_tokens
+        from puzzle_dag.store import digest_tensors
+
+        child = workspace.shelf.value("child", context.partition_key)
+        budget = workspace.read_scenario(context.partition_key).uptrain.tokens
+        with workspace.device():
+            time, parent = Stopwatch(), workspace.load_parent()
+            rows = build_tokens(
+                profile.corpus,
+                parent.tokenizer,
+                num_tokens=budget,
+                row_length=profile.tokens.row_length,
+                purpose="uptrain",
+                seed=profile.seed,
+                root=plan.root,
+            )
+            versions = {s: stage_version(s) for s in stages[:2]}
+            inputs = {"versions": versions, "parent": parent.digest, "child": child["digest"], "rows": digest_tensors({"rows": rows}), **settings}
+
+            def train(folder: Path) -> tuple[str, dict[str, Any]]:
+                report = uptrain_child(
+                    parent,
+                    workspace.store.folder("child", child["key"]) / CHECKPOINT,
+                    rows,
+                    profile.uptrain,
+                    folder / CHECKPOINT,
+                    compute_dtype=profile.dtype,
+                    work_folder=workspace.var / "uptraining" / context.partition_key,
+                    progress=ProgressLog(f"uptraining {context.partition_key}"),
+                )
+                return report.digest, {**asdict(report), "flops_per_s": report.flops_per_s}
+
+            made = workspace.keep("uptrained_child", inputs, train)
+            divergence = _divergence(workspace, made.folder / CHECKPOINT)
+        report = {k: v for k, v in made.metadata.items() if k != "curve"}
+        value = {"child": child["digest"], "key": made.folder.name, "digest": made.digest, "divergence": divergence, "report": report}
+        return materialised(
+            context,
+            plan,
+            workspace,
+            {**value, "curve": _thin(made.metadata["curve"])},
+            data_version=made.digest,
+            files=files_below(made.folder),
+            metadata={
+                "folder": dg.MetadataValue.path(str(made.folder / CHECKPOINT)),
+                "num_tokens": report["num_tokens"],
+                "gflop_per_s": report["flops_per_s"] / 1e9,
+                **_divergence_metadata(divergence),
+                **_curve_metadata(made.metadata["curve"]),
+            },
+            seconds=time.seconds,
+        )
+
+    return uptrained_child
+
+
+def _thin(curve: list[dict[str, Any]], num_points: int = 200) -> list[dict[str, Any]]:
+    stride = max(1, len(curve) // num_points)
+    return curve[::stride]
+
+
+def _curve_metadata(curve: list[dict[str, Any]]) -> dict[str, Any]:
+    from puzzle_dag.report.pictures import loss_curve
+
+    return {"picture": picture(loss_curve(loss_lines(curve), title="global knowledge distillation"), "loss curve")} if curve else {}
+
+
+def loss_lines(curve: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """Return a curve's losses by name, as (tokens, loss)."""
+    return {name: [(p["tokens"], p[name]) for p in curve] for name in ("cosine", "kl")}
+
+
+def child_assets(plan: Plan) -> list[dg.AssetsDefinition]:
+    """Return child and uptrained_child."""
+    return [_child_asset(plan), _uptrained_child_asset(plan)]

@@ -1,0 +1,238 @@
+"""How good and how fast parent and children are: lm-eval's grades, and vLLM's times with real weights."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.children import CHECKPOINT
+from assets.costs import parent_block
+from assets.materialise import Stopwatch, materialised, picture, table
+from assets.plan import Plan
+from assets.served import constraint_rows, measured_constraints
+from assets.versions import stage_version
+from puzzle_dag.architecture import Block
+from puzzle_dag.progress import ProgressLog
+from puzzle_dag.store import fingerprint, write_atomically
+from resources.rows import write_rows
+from resources.workspace import Workspace
+
+_GRADING = ["puzzle_dag.children.evaluate", "puzzle_dag.children.tasks", "puzzle_dag.children.retention"]
+_SERVING = ["puzzle_dag.children.serve"]
+_RESULTS = "results.json"
+
+
+def _grade(plan: Plan, workspace: Workspace, digest: str, checkpoint: Path | None) -> list[Any]:
+    """Return the TaskResults of a checkpoint (of the parent where there is none), from the store where they are there."""
+    from puzzle_dag.children.evaluate import TaskResult, evaluate_checkpoint, evaluate_model
+
+    profile = plan.profile
+    versions = {s: stage_version(s) for s in _GRADING[:2]}
+    inputs = {"versions": versions, "model": digest, "accuracy": profile.accuracy.model_dump(), "corpus": plan.profile.corpus.model_dump(), "seed": profile.seed}
+
+    def grade(folder: Path) -> tuple[str, dict[str, Any]]:
+        data, progress = workspace.var / "tasks", ProgressLog("grading")
+        options: dict[str, Any] = {"seed": profile.seed, "progress": progress}
+        tasks, settings, corpus = profile.accuracy.tasks, profile.accuracy, profile.corpus
+        if checkpoint is None:
+            parent = workspace.load_parent()
+            results = evaluate_model(parent.model, parent.tokenizer, tasks, settings, corpus, data, **options)
+        else:
+            results = evaluate_checkpoint(checkpoint, tasks, settings, corpus, data, device=profile.device, **options)
+        content = [asdict(r) for r in results]
+        write_atomically(folder / _RESULTS, json.dumps(content))
+        return fingerprint(content), {}
+
+    with workspace.device():
+        made = workspace.keep("grades", inputs, grade)
+    return [TaskResult(**r) for r in json.loads((made.folder / _RESULTS).read_text())]
+
+
+def _result_rows(results: list[Any]) -> list[dict[str, Any]]:
+    return [{k: getattr(r, k) for k in ("task", "metric", "value", "stderr", "chance", "num_items")} for r in results]
+
+
+def _parent_accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
+    settings = {"accuracy": plan.profile.accuracy.model_dump(), "seed": plan.profile.seed}
+
+    @dg.asset(
+        **plan.options(
+            "parent_accuracy",
+            deps=["parent", "corpus"],
+            stages=_GRADING[:2],
+            settings=settings,
+            kinds=("lm_eval",),
+            device=True,
+            description="The parent's grades in lm-eval, item by item: what children are compared with.",
+        )
+    )
+    def parent_accuracy(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        time = Stopwatch()
+        results = _grade(plan, workspace, workspace.load_parent().digest, None)
+        rows, path = _result_rows(results), workspace.var / "grades" / "parent.json"
+        write_atomically(path, json.dumps([asdict(r) for r in results]))
+        version = fingerprint([asdict(r) for r in results])
+        files = [path, write_rows(workspace.tables / "parent_accuracy.parquet", rows)]
+        metadata = {"grades": table(rows), "num_tasks": len({r["task"] for r in rows})}
+        return materialised(context, plan, workspace, {"results": rows}, data_version=version, files=files, metadata=metadata, seconds=time.seconds)
+
+    return parent_accuracy
+
+
+def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
+    settings = {"accuracy": plan.profile.accuracy.model_dump(), "seed": plan.profile.seed}
+
+    @dg.asset(
+        **plan.options(
+            "accuracy",
+            deps=["uptrained_child", "parent_accuracy"],
+            stages=_GRADING,
+            settings=settings,
+            partitions=plan.partitions.scenarios,
+            kinds=("lm_eval",),
+            device=True,
+            description="The child's grades on the same items as the parent's, and what it retains, raw and corrected for chance.",
+        )
+    )
+    def accuracy(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        from puzzle_dag.children.evaluate import TaskResult
+        from puzzle_dag.children.retention import mean_retention, retention
+        from puzzle_dag.report.pictures import retention_bars
+
+        time, child = Stopwatch(), workspace.shelf.value("uptrained_child", context.partition_key)
+        checkpoint = workspace.store.folder("uptrained_child", child["key"]) / CHECKPOINT
+        results = _grade(plan, workspace, child["digest"], checkpoint)
+        parent = [TaskResult(**r) for r in json.loads((workspace.var / "grades" / "parent.json").read_text())]
+        kept = retention(parent, results)
+        mean, rows = mean_retention(kept), [{"scenario": context.partition_key, **asdict(r)} for r in kept]
+        bars = {r.task: (r.corrected, r.corrected_stderr or 0.0) for r in kept if r.corrected is not None}
+        floor = workspace.read_scenario(context.partition_key).retention_floor
+        value = {"uptrained_child": child["digest"], "results": _result_rows(results), "retention": rows, "mean": asdict(mean)}
+        return materialised(
+            context,
+            plan,
+            workspace,
+            value,
+            files=[write_rows(workspace.tables / "accuracy" / f"{context.partition_key}.parquet", rows)],
+            metadata={
+                "mean_retention": mean.value if mean.value is not None else "undefined: the parent is no better than chance",
+                "mean_retention_stderr": mean.stderr if mean.stderr is not None else "undefined",
+                "retention": table([{k: r[k] for k in ("task", "parent", "child", "chance", "raw", "corrected", "corrected_stderr")} for r in rows]),
+                **({"picture": picture(retention_bars(bars, floor=floor, title=context.partition_key), "retention")} if bars else {}),
+            },
+            seconds=time.seconds,
+        )
+
+    return accuracy
+
+
+def _predict(plan: Plan, workspace: Workspace, target: str, architecture: tuple[Block, ...]) -> dict[int, float]:
+    from puzzle_dag.costs.table import CostTable
+
+    costs = CostTable.read(workspace.tables / "costs" / f"{target}.parquet")
+    return {b: costs.seconds(architecture, b, "prefill") + costs.seconds(architecture, b, "decode") for b in costs.batch_sizes}
+
+
+def _serve(plan: Plan, workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple[str, Path]], predicted: dict[str, Any]) -> dict[str, Any]:
+    """Return a ServingReport as JSON, measured now or, for the same models on the same machine, before."""
+    from puzzle_dag.children.serve import measure_serving
+    from puzzle_dag.engine.client import read_engine_version
+    from puzzle_dag.engine.hardware import detect_hardware
+
+    parent, target = workspace.load_parent(), workspace.target_of(spec)
+    inputs = {
+        "version": stage_version(_SERVING[0]),
+        "parent": parent.digest,
+        "children": {name: digest for name, (digest, _) in children.items()},
+        "target": spec,
+        "engine_version": read_engine_version(),
+        "hardware": detect_hardware().name,
+    }
+
+    def measure(folder: Path) -> tuple[str, dict[str, Any]]:
+        report = measure_serving(
+            parent.folder,
+            {name: checkpoint for name, (_, checkpoint) in children.items()},
+            target,
+            engines=target.engines_per_probe + 1,
+            predicted_s=predicted,
+            progress=ProgressLog(f"serving {', '.join(children) or 'parent'}"),
+        )
+        return fingerprint(asdict(report)), asdict(report)
+
+    with workspace.device():
+        report: dict[str, Any] = workspace.keep("serving", inputs, measure).metadata
+    return report
+
+
+def _parent_serving_asset(plan: Plan) -> dg.AssetsDefinition:
+    @dg.asset(
+        **plan.options(
+            "parent_serving",
+            deps=["parent", "target_spec"],
+            stages=_SERVING,
+            partitions=plan.partitions.targets,
+            kinds=("vllm",),
+            device=True,
+            description="The parent on the real engine with its real weights: throughput, latency, memory.",
+        )
+    )
+    def parent_serving(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        time = Stopwatch()
+        report = _serve(plan, workspace, workspace.shelf.value("target_spec", context.partition_key), {}, {})
+        rows = [{"target": context.partition_key, **m} for m in report["models"]]
+        files = [write_rows(workspace.tables / "parent_serving" / f"{context.partition_key}.parquet", rows)]
+        metadata = {"served": table(rows), "hardware": report["hardware"], "engine_version": report["engine_version"]}
+        return materialised(context, plan, workspace, {"report": report}, files=files, metadata=metadata, seconds=time.seconds)
+
+    return parent_serving
+
+
+def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
+    @dg.asset(
+        **plan.options(
+            "serving",
+            # A scenario's target is its own choice, so the edge is from all targets; the store keeps what was measured.
+            deps=["uptrained_child", plan.dep("parent_serving", dg.AllPartitionMapping())],
+            stages=_SERVING,
+            partitions=plan.partitions.scenarios,
+            kinds=("vllm",),
+            device=True,
+            description="Parent and child on the real engine, in turns: the speed-up with its confidence interval, beside the prediction.",
+        )
+    )
+    def serving(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        time, name = Stopwatch(), context.partition_key
+        scenario, child = workspace.read_scenario(name), workspace.shelf.value("uptrained_child", name)
+        spec, solution = workspace.shelf.value("target_spec", scenario.target), workspace.shelf.value("solution", name)["solution"]
+        own = tuple(Block.parse(c["block"]) for c in solution["choices"])
+        parent = (parent_block(plan),) * plan.shape.num_hidden_layers
+        predicted = {n: _predict(plan, workspace, scenario.target, a) for n, a in (("parent", parent), (name, own))}
+        checkpoint = workspace.store.folder("uptrained_child", child["key"]) / CHECKPOINT
+        report = _serve(plan, workspace, spec, {name: (child["digest"], checkpoint)}, predicted)
+        met = constraint_rows(measured_constraints(scenario, workspace.target_of(spec), report, name, solution["batch"]))
+        rows = [{"scenario": name, "target": scenario.target, **m} for m in report["models"]]
+        return materialised(
+            context,
+            plan,
+            workspace,
+            {"uptrained_child": child["digest"], "target": scenario.target, "report": report},
+            files=[write_rows(workspace.tables / "serving" / f"{name}.parquet", rows)],
+            metadata={
+                "speedups": table(report["speedups"]),
+                "constraints": table(met),
+                "served": table(report["models"]),
+                "hardware": report["hardware"],
+                "engine_version": report["engine_version"],
+            },
+            seconds=time.seconds,
+        )
+
+    return serving
+
+
+def grading_assets(plan: Plan) -> list[dg.AssetsDefinition]:
+    """Return parent_accuracy, accuracy, parent_serving and serving."""
+    return [_parent_accuracy_asset(plan), _accuracy_asset(plan), _parent_serving_asset(plan), _serving_asset(plan)]

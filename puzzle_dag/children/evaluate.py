@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from puzzle_dag.children.tasks import is_local, write_tasks
 from puzzle_dag.config import AccuracySettings, BundledCorpus, TextCorpus
-from puzzle_dag.model.checkpoint import load_checkpoint
+from puzzle_dag.model.checkpoint import load_checkpoint, register_auto_classes
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.progress import Progress, silent
 
@@ -180,5 +180,6 @@ def evaluate_checkpoint(
         TaskResultError: a task gave no usable result.
     """
     model = load_checkpoint(folder, dtype=dtype, device=device)
+    register_auto_classes()  # or transformers asks whether to run the checkpoint's own code
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return evaluate_model(model, tokenizer, tasks, settings, corpus, data_folder, seed=seed, progress=progress)

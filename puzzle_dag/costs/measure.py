@@ -3,7 +3,7 @@
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from puzzle_dag.architecture import FFN, Architecture, Attention, Block
@@ -32,6 +32,15 @@ class WorkloadTooLongError(ValueError):
     """A target's input and output don't fit into the parent's positions."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """An engine that is wanted: the job's name is its store key, `inputs` what the key was made from."""
+
+    architecture: Architecture
+    job: EngineJob
+    inputs: dict[str, Any]
+
+
 def _check_lengths(shape: PuzzleDagConfig, target: Target) -> None:
     length = target.input_length + target.output_length
     if length > shape.max_position_embeddings:
@@ -55,6 +64,21 @@ def _describe(config: dict[str, Any], target: Target, engine: int, hardware: Har
     }
 
 
+def _plan_jobs(
+    shape: PuzzleDagConfig, architectures: Iterable[Architecture], target: Target, hardware: Hardware, engine_version: str
+) -> list[_Planned]:
+    """Return every engine that is wanted. Engines of one model are far apart, so that a slow minute does not pass for a slow model."""
+    settings, workload = EngineSettings.of(target), Workload.of(target)
+    configs = [(a, json.loads(json.dumps(serving_config(shape, a)))) for a in architectures]
+    planned = []
+    for engine in range(target.engines_per_probe):
+        for architecture, config in configs:
+            inputs = _describe(config, target, engine, hardware, engine_version)
+            job = EngineJob(name=fingerprint(inputs), config=config, settings=settings, workload=workload, seed=engine)
+            planned.append(_Planned(architecture, job, inputs))
+    return planned
+
+
 def measure_models(
     shape: PuzzleDagConfig,
     architectures: Iterable[Architecture],
@@ -66,8 +90,7 @@ def measure_models(
 ) -> list[Measurement]:
     """Measure models with dummy weights in `target.engines_per_probe` engines each; what the store holds is not run again.
 
-    Every engine's result is stored the moment it is there. Engines of the same model are far apart in time, so that
-    a slow minute of the machine does not pass for a slow model.
+    Every engine's result is stored the moment it is there, so a crash loses none.
 
     Args:
         shape: the parent's configuration.
@@ -86,31 +109,20 @@ def measure_models(
     _check_lengths(shape, target)
     hardware = detect_hardware()
     check_hardware(target, hardware)
-    engine_version = read_engine_version()
-    wanted: dict[str, tuple[Architecture, dict[str, Any]]] = {}
-    jobs: list[EngineJob] = []
-    found: dict[str, EngineResult] = {}
-    configs = [(a, json.loads(json.dumps(serving_config(shape, a)))) for a in architectures]
-    for engine in range(target.engines_per_probe):
-        for architecture, config in configs:
-            inputs = _describe(config, target, engine, hardware, engine_version)
-            key = fingerprint(inputs)
-            wanted[key] = (architecture, inputs)
-            stored = None if remeasure else store.find(PROBE_KIND, key)
-            if stored is not None:
-                found[key] = EngineResult.from_json(stored.metadata)
-            else:
-                settings, workload = EngineSettings.of(target), Workload.of(target)
-                jobs.append(EngineJob(name=key, config=config, settings=settings, workload=workload, seed=engine))
-    log.info("target %s: %d engines measured before, %d to run", target.name, len(found), len(jobs))
+    planned = _plan_jobs(shape, architectures, target, hardware, read_engine_version())
+    inputs = {p.job.name: p.inputs for p in planned}
+    stored = {} if remeasure else {key: found for key in inputs if (found := store.find(PROBE_KIND, key)) is not None}
+    results = {key: EngineResult.from_json(artifact.metadata) for key, artifact in stored.items()}
+    jobs = [p.job for p in planned if p.job.name not in results]
+    log.info("target %s: %d engines measured before, %d to run", target.name, len(results), len(jobs))
 
     def keep(job: EngineJob, result: EngineResult) -> None:
         content = result.to_json()
-        store.write(PROBE_KIND, job.name, lambda _: fingerprint(content), inputs=wanted[job.name][1], metadata=content)
-        found[job.name] = result
+        store.write(PROBE_KIND, job.name, lambda _: fingerprint(content), inputs=inputs[job.name], metadata=content)
+        results[job.name] = result
 
     run_engines(jobs, on_result=keep, progress=progress, hardware=hardware)
-    return [Measurement(architecture, found[key]) for key, (architecture, _) in wanted.items()]
+    return [Measurement(p.architecture, results[p.job.name]) for p in planned]
 
 
 def measure_target(

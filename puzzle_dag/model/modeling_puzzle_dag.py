@@ -165,6 +165,17 @@ class PuzzleDagLayer(nn.Module):
         return hidden_states
 
 
+class PuzzleDagRotaryEmbedding(LlamaRotaryEmbedding):  # type: ignore[misc]
+    """Llama's rotary embedding whose frequencies stay float32 when the model is cast, as they are when it is loaded."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PuzzleDagRotaryEmbedding":
+        exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            setattr(self, name, buffer.to(getattr(self, name).device))
+        return self
+
+
 class PuzzleDagPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     """What transformers needs to know to load and place the weights."""
 
@@ -185,7 +196,7 @@ class PuzzleDagModel(PuzzleDagPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(PuzzleDagLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.rotary_emb = PuzzleDagRotaryEmbedding(config=config)
         self.post_init()
 
     def forward(

@@ -106,23 +106,24 @@ def read_parent_shape(source: ParentSource, root: Path) -> PuzzleDagConfig:
     return to_puzzle_dag_config(config)
 
 
-def _download(source: ParentSource, location: Path | str) -> Path:
-    if isinstance(location, Path):
-        return location
-    try:
-        return Path(snapshot_download(location, revision=source.revision, allow_patterns=_CHECKPOINT_FILES))
-    except OSError as error:
-        raise ParentNotFoundError(f"parent.hub: {location} can't be downloaded: {error}") from error
+def _fetch(source: ParentSource, location: Path | str) -> Path:
+    """Return the local folder of the checkpoint, downloaded where it is on the hub, with safetensors in it."""
+    folder = Path(location)
+    if isinstance(location, str):
+        try:
+            folder = Path(snapshot_download(location, revision=source.revision, allow_patterns=_CHECKPOINT_FILES))
+        except OSError as error:
+            raise ParentNotFoundError(f"parent.hub: {location} can't be downloaded: {error}") from error
+    if not any(folder.glob("*.safetensors")):
+        raise ParentNotFoundError(f"parent: {folder} holds no *.safetensors; convert the checkpoint to safetensors first")
+    return folder
 
 
 def _digest_folder(folder: Path, config: PuzzleDagConfig) -> tuple[str, tuple[str, ...]]:
     """Return the digest of all tensors in the folder and those of each layer, one layer in memory at a time."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ParentNotFoundError(f"parent: {folder} holds no *.safetensors; convert the checkpoint to safetensors first")
     traits = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "dtype", "_name_or_path", "architectures")}
     groups: dict[str, list[tuple[Path, str]]] = {}
-    for path in files:
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as f:
             for name in f.keys():  # noqa: SIM118 (not a mapping)
                 parts = name.split(".")
@@ -153,9 +154,9 @@ def load_parent(source: ParentSource, root: Path, *, dtype: str | None = None, d
         CheckpointMismatchError: the checkpoint lacks tensors that its configuration asks for, or has others.
     """
     config = read_parent_shape(source, root)
-    folder = _download(source, _checkpoint_location(source, root))
-    digest, layer_digests = _digest_folder(folder, config)
+    folder = _fetch(source, _checkpoint_location(source, root))
     model = load_strictly(folder, config, dtype=dtype, device=device)
+    digest, layer_digests = _digest_folder(folder, config)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=source.trust_remote_code)
     block = Block(Attention("gqa", config.num_key_value_heads), FFN("swiglu", config.intermediate_size))
     return Parent(model, tokenizer, block, digest, folder, layer_digests)

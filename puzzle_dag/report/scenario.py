@@ -36,6 +36,8 @@ class ServedFact:
     """The child's value."""
     predicted: float | None = None
     """What the cost table predicted for the child."""
+    ratio: float | None = None
+    """Child / parent as measured in turns; by default that of the two values."""
     ratio_low: float | None = None
     """Lower end of the 95 % confidence interval of child / parent."""
     ratio_high: float | None = None
@@ -125,7 +127,7 @@ def _architecture(facts: ScenarioFacts) -> Section:
 def _served(facts: ScenarioFacts) -> Section:
     rows = []
     for s in facts.served:
-        ratio = f"{s.child / s.parent:.3f}"
+        ratio = f"{s.child / s.parent if s.ratio is None else s.ratio:.3f}"
         if s.ratio_low is not None and s.ratio_high is not None:
             ratio += f" ({s.ratio_low:.3f} to {s.ratio_high:.3f})"
         predicted = "" if s.predicted is None else format_quantity(s.name, s.predicted)

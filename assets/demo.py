@@ -1,0 +1,67 @@
+"""`python -m assets demo`: refresh a profile, then print what came out, on which machine, how long it took, and where to look."""
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from assets.plan import make_plan
+from assets.refresh import Outcome, RefreshRecord, refresh
+from assets.reports import results_table, scenario_facts, stage_seconds, write_reports
+from puzzle_dag.engine.client import VllmMissingError, read_engine_version
+from puzzle_dag.engine.hardware import detect_hardware, measure_matmul_rate
+from puzzle_dag.report.tables import format_seconds, text_table
+from resources.instance import open_instance
+from resources.workspace import Workspace
+
+_MATMUL_S = 1.5
+
+
+def describe_machine() -> dict[str, str]:
+    """Return the hardware, its measured matrix-product rate and the engine, by name."""
+    try:
+        engine = read_engine_version()
+    except VllmMissingError:
+        engine = "none"
+    rate = f"{measure_matmul_rate(seconds=_MATMUL_S) / 1e9:.0f} GFLOP/s (bf16, measured)"
+    return {"hardware": detect_hardware().name, "matrix product": rate, "engine": engine}
+
+
+def read_commit(root: Path) -> str:
+    """Return the checkout's commit, with "+" where files differ from it, or "unknown"."""
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return "unknown"
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def run_demo(root: Path, profile: str, say: Callable[[str], None]) -> RefreshRecord:
+    """Refresh, then say the results: table, machine, time of each stage, path of the report.
+
+    Raises:
+        ConfigError: a configuration file is wrong; nothing ran.
+    """
+
+    def tell(outcome: Outcome) -> None:
+        why = "" if outcome.state == "ran" else f"  {'; '.join(outcome.reasons)}"
+        say(f"{outcome.state:>6}  {outcome.item}  {format_seconds(outcome.seconds)}{why}")
+
+    with open_instance(root) as instance:
+        record = refresh(root, profile, instance, on_outcome=tell)
+    plan, workspace = make_plan(root, profile), Workspace(root=str(root), profile=profile)
+    facts = [f for f in (scenario_facts(plan, workspace, name) for name in plan.profile.scenarios) if f is not None]
+    machine, stages = describe_machine(), stage_seconds(plan, workspace)
+    results = results_table(plan, workspace, facts)
+    say("")
+    if facts:
+        say(text_table(results.header, results.rows))
+        say(f"({results.caption})\n")
+    times = [*stages.items(), ("all", sum(stages.values()))]
+    say(text_table(("stage", "time"), [(name, format_seconds(s)) for name, s in times]))
+    say("\n" + "\n".join(f"{name}: {value}" for name, value in machine.items()))
+    footer = f"commit {read_commit(root)}; {machine['hardware']}; {machine['engine']}"
+    if facts:
+        say(f"report: {write_reports(plan, workspace, facts, machine=machine, footer=footer)}")
+    say(f"this refresh: {len(record.ran)} materialized, {len(record.of('failed'))} failed, {format_seconds(record.seconds)}")
+    return record

@@ -16,6 +16,7 @@ from assets.grading import grading_assets
 from assets.library import library_assets
 from assets.parent import parent_assets
 from assets.plan import Plan, make_plan
+from assets.results import result_assets
 from assets.scores import score_assets
 from assets.search import search_assets
 from resources.workspace import Workspace, project_root
@@ -27,7 +28,7 @@ DEFAULT_PROFILE = "tiny"
 def build_definitions(plan: Plan) -> dg.Definitions:
     """Return the definitions of one profile."""
     refresh_job, conf_sensor = automation(plan)
-    factories = (configuration_assets, parent_assets, library_assets, score_assets, cost_assets, search_assets, child_assets, grading_assets)
+    factories = (configuration_assets, parent_assets, library_assets, score_assets, cost_assets, search_assets, child_assets, grading_assets, result_assets)
     return dg.Definitions(
         assets=[asset for factory in factories for asset in factory(plan)],
         jobs=[refresh_job],

@@ -136,7 +136,7 @@ def _predict(plan: Plan, workspace: Workspace, target: str, architecture: tuple[
 
 
 def _serve(plan: Plan, workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple[str, Path]], predicted: dict[str, Any]) -> dict[str, Any]:
-    """Return a ServingReport as JSON, measured now or, for the same models on the same machine, before."""
+    """Return a ServingReport as JSON and its key in the store: measured now or, for the same models and machine, before."""
     from puzzle_dag.children.serve import measure_serving
     from puzzle_dag.engine.client import read_engine_version
     from puzzle_dag.engine.hardware import detect_hardware
@@ -163,8 +163,8 @@ def _serve(plan: Plan, workspace: Workspace, spec: dict[str, Any], children: dic
         return fingerprint(asdict(report)), asdict(report)
 
     with workspace.device():
-        report: dict[str, Any] = workspace.keep("serving", inputs, measure).metadata
-    return report
+        made = workspace.keep("serving", inputs, measure)
+    return {"report": made.metadata, "key": made.folder.name}
 
 
 def _parent_serving_asset(plan: Plan) -> dg.AssetsDefinition:
@@ -181,11 +181,12 @@ def _parent_serving_asset(plan: Plan) -> dg.AssetsDefinition:
     )
     def parent_serving(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         time = Stopwatch()
-        report = _serve(plan, workspace, workspace.shelf.value("target_spec", context.partition_key), {}, {})
+        served = _serve(plan, workspace, workspace.shelf.value("target_spec", context.partition_key), {}, {})
+        report = served["report"]
         rows = [{"target": context.partition_key, **m} for m in report["models"]]
         files = [write_rows(workspace.tables / "parent_serving" / f"{context.partition_key}.parquet", rows)]
         metadata = {"served": table(rows), "hardware": report["hardware"], "engine_version": report["engine_version"]}
-        return materialised(context, plan, workspace, {"report": report}, files=files, metadata=metadata, seconds=time.seconds)
+        return materialised(context, plan, workspace, served, files=files, metadata=metadata, seconds=time.seconds)
 
     return parent_serving
 
@@ -211,14 +212,15 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
         parent = (parent_block(plan),) * plan.shape.num_hidden_layers
         predicted = {n: _predict(plan, workspace, scenario.target, a) for n, a in (("parent", parent), (name, own))}
         checkpoint = workspace.store.folder("uptrained_child", child["key"]) / CHECKPOINT
-        report = _serve(plan, workspace, spec, {name: (child["digest"], checkpoint)}, predicted)
+        served = _serve(plan, workspace, spec, {name: (child["digest"], checkpoint)}, predicted)
+        report = served["report"]
         met = constraint_rows(measured_constraints(scenario, workspace.target_of(spec), report, name, solution["batch"]))
         rows = [{"scenario": name, "target": scenario.target, **m} for m in report["models"]]
         return materialised(
             context,
             plan,
             workspace,
-            {"uptrained_child": child["digest"], "target": scenario.target, "report": report},
+            {"uptrained_child": child["digest"], "target": scenario.target, **served},
             files=[write_rows(workspace.tables / "serving" / f"{name}.parquet", rows)],
             metadata={
                 "speedups": table(report["speedups"]),

@@ -15,7 +15,8 @@ from typing import Any
 
 from assets.plan import Plan
 from puzzle_dag.architecture import LayerSpace, layer_index, variant_union
-from puzzle_dag.config import BundledCorpus, ConfigError, Profile, TextCorpus, resolve_space
+from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus
+from puzzle_dag.preflight import check_scenario, resolve_spaces
 from puzzle_dag.store import digest_file, write_atomically
 from resources.workspace import Workspace
 
@@ -66,13 +67,6 @@ def watch_corpus(plan: Plan, workspace: Workspace, _: str | None = None) -> dict
     return value
 
 
-def layer_spaces(plan: Plan, profile: Profile) -> list[LayerSpace]:
-    """Return the resolved space of every layer. Raises ConfigError."""
-    shape = {"kv_heads": plan.shape.num_key_value_heads, "intermediate_size": plan.shape.intermediate_size}
-    num_layers = plan.shape.num_hidden_layers
-    return [resolve_space(profile.search_space, layer=i, num_layers=num_layers, **shape) for i in range(num_layers)]
-
-
 def space_to_json(space: LayerSpace) -> dict[str, list[str]]:
     """Return a space as canonical names."""
     return {"attention": [a.name for a in space.attentions], "ffn": [f.name for f in space.ffns]}
@@ -81,12 +75,12 @@ def space_to_json(space: LayerSpace) -> dict[str, list[str]]:
 def watch_search_space(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
     """Return one layer's resolved space."""
     assert partition is not None
-    return space_to_json(layer_spaces(plan, workspace.read_profile())[layer_index(partition)])
+    return space_to_json(resolve_spaces(workspace.read_profile(), plan.shape)[layer_index(partition)])
 
 
 def watch_cost_variants(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
     """Return the sorted union of the layers' variants, and the shape of the model that they are measured in."""
-    attentions, ffns = variant_union(layer_spaces(plan, workspace.read_profile()))
+    attentions, ffns = variant_union(resolve_spaces(workspace.read_profile(), plan.shape))
     ignored = ("transformers_version", "dtype", "_name_or_path", "architectures")
     shape = {k: v for k, v in json.loads(plan.shape.to_json_string(use_diff=False)).items() if k not in ignored}
     return {"attention": [a.name for a in attentions], "ffn": [f.name for f in ffns], "shape": shape}
@@ -99,14 +93,10 @@ def watch_target_spec(plan: Plan, workspace: Workspace, partition: str | None) -
 
 
 def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
-    """Return one scenario, validated. Raises ConfigError where its target is not one of the profile's."""
+    """Return one scenario, validated. Raises ConfigError where its target or a batch size is not measured."""
     assert partition is not None
-    scenario, targets = workspace.read_scenario(partition), workspace.read_profile().targets
-    if scenario.target not in targets:
-        raise ConfigError(
-            f"scenario {partition}: target {scenario.target!r} is not measured by profile {plan.profile.name}; "
-            f"use one of {', '.join(targets)}, or add it to the profile's targets"
-        )
+    scenario = workspace.read_scenario(partition)
+    check_scenario(scenario, {name: workspace.read_target(name) for name in workspace.read_profile().targets})
     return scenario.model_dump(mode="json")
 
 

@@ -72,9 +72,10 @@ class PieceCosts:
 
     def of_block(self, layer: int, block: Block) -> tuple[PieceCost, PieceCost]:
         """Return the costs of a block's two pieces. Raises ValueError for a variant that was not measured."""
-        return self._piece(layer, "attention", block.attention.name), self._piece(layer, "ffn", block.ffn.name)
+        return self.of_piece(layer, "attention", block.attention.name), self.of_piece(layer, "ffn", block.ffn.name)
 
-    def _piece(self, layer: int, place: Place, name: str) -> PieceCost:
+    def of_piece(self, layer: int, place: Place, name: str) -> PieceCost:
+        """Return the cost of one piece. Raises ValueError for a variant that was not measured."""
         try:
             return self.pieces[layer, place, name]
         except KeyError:

@@ -1,6 +1,6 @@
 """The candidates of a search: every scored block of every layer, and the integer program over them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -10,7 +10,7 @@ from puzzle_dag.architecture import Architecture, Block
 from puzzle_dag.config import Objective
 from puzzle_dag.pieces import Place
 from puzzle_dag.search.limits import Limit, Measure, ScenarioError
-from puzzle_dag.search.program import Floats, Item, Program, Row
+from puzzle_dag.search.program import Floats, Indices, Item, Program, Row
 from puzzle_dag.search.score import BlockScore
 
 ScoreTable = Sequence[Sequence[BlockScore]]
@@ -19,12 +19,18 @@ ScoreTable = Sequence[Sequence[BlockScore]]
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Scored blocks, flat over the layers, in the order of the program's items."""
+    """Scored blocks, flat over the layers, in the order of the program's items.
+
+    `attention_pieces` and `ffn_pieces` say, for each candidate, which of `pieces` it is made of.
+    """
 
     scores: tuple[BlockScore, ...]
     blocks: tuple[Block, ...]
     items: tuple[Item, ...]
     parent: Architecture
+    pieces: tuple[tuple[int, Place, str], ...]
+    attention_pieces: Indices
+    ffn_pieces: Indices
 
     @staticmethod
     def of(table: ScoreTable, parent_block: Block) -> "Candidates":
@@ -33,8 +39,20 @@ class Candidates:
             if parent_block.name not in {s.block for s in scores} or any(s.layer != layer for s in scores):
                 raise ScenarioError(f"scores of layer {layer} are incomplete: the parent's block {parent_block.name} must be among them")
         flat = tuple(score for scores in table for score in scores)
-        blocks = tuple(Block.parse(s.block) for s in flat)
-        return Candidates(flat, blocks, tuple(Item(s.block, (s.layer,)) for s in flat), (parent_block,) * len(table))
+        parsed = {name: Block.parse(name) for name in {s.block for s in flat}}
+        blocks = tuple(parsed[s.block] for s in flat)
+        attentions: list[tuple[int, Place, str]] = [(s.layer, "attention", b.attention.name) for s, b in zip(flat, blocks, strict=True)]
+        ffns: list[tuple[int, Place, str]] = [(s.layer, "ffn", b.ffn.name) for s, b in zip(flat, blocks, strict=True)]
+        index = {piece: i for i, piece in enumerate(dict.fromkeys((*attentions, *ffns)))}
+        return Candidates(
+            flat,
+            blocks,
+            tuple(Item(s.block, (s.layer,)) for s in flat),
+            (parent_block,) * len(table),
+            tuple(index),
+            np.array([index[p] for p in attentions]),
+            np.array([index[p] for p in ffns]),
+        )
 
     @property
     def num_layers(self) -> int:
@@ -56,21 +74,10 @@ class Candidates:
 
     def sums(self, measure: Measure) -> Floats:
         """Return what each candidate adds to the sum behind a measure, as floats."""
-        known: dict[tuple[int, Place, str], float] = {}
-        out = np.empty(len(self.scores))
-        for index, (score, block) in enumerate(zip(self.scores, self.blocks, strict=True)):
-            if measure.name == "num_attention_layers":
-                out[index] = float(block.attention.kind == "gqa")
-                continue
-            keys: tuple[tuple[int, Place, str], ...] = (
-                (score.layer, "attention", block.attention.name),
-                (score.layer, "ffn", block.ffn.name),
-            )
-            if keys[0] not in known or keys[1] not in known:
-                pair = measure.costs.of_block(score.layer, block)
-                known.update({key: float(measure.amount(cost)) for key, cost in zip(keys, pair, strict=True)})
-            out[index] = known[keys[0]] + known[keys[1]]
-        return out
+        if measure.name == "num_attention_layers":
+            return np.array([float(block.attention.kind == "gqa") for block in self.blocks])
+        amounts = np.array([float(measure.amount(measure.costs.of_piece(*piece))) for piece in self.pieces])
+        return np.asarray(amounts[self.attention_pieces] + amounts[self.ffn_pieces])
 
     def row(self, limit: Limit) -> Row:
         """Return a limit as a row of the program."""
@@ -104,7 +111,3 @@ class Candidates:
     def exact_sum(self, costs: Floats, chosen: Sequence[int]) -> float:
         """Return the exact sum of chosen costs, rounded once."""
         return float(sum((Fraction(float(costs[i])) for i in chosen), Fraction(0)))
-
-    def index_of(self) -> Mapping[tuple[int, str], int]:
-        """Return the item of each (layer, block name)."""
-        return {(s.layer, s.block): i for i, s in enumerate(self.scores)}

@@ -20,7 +20,7 @@ Indices = NDArray[np.int64]
 GAP = 1e-6
 """Relative gap between objective and bound that counts as proven."""
 _TOLERANCE = 1e-9
-_FIRST_ITEMS_PER_LAYER = 6
+_FIRST_ITEMS_PER_LAYER = 1.6
 _MOST_EXACT_CUTS = 200
 
 
@@ -58,9 +58,12 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a solve ended. `bound` is a proven lower bound of the objective; `chosen` are item indices in layer order."""
+    """How a solve ended: `chosen` are item indices in layer order, `bound` is a proven lower bound of the objective.
 
-    status: Literal["optimal", "infeasible", "time_limit"]
+    "feasible" is the status of a choice that meets the rows and that nothing is proven of (a baseline's); its bound is NaN.
+    """
+
+    status: Literal["optimal", "infeasible", "time_limit", "feasible"]
     chosen: tuple[int, ...] = ()
     objective: float = np.nan
     bound: float = np.nan
@@ -68,8 +71,8 @@ class Outcome:
 
     @property
     def gap(self) -> float:
-        """Return (objective - bound) / |objective|, absolute where the objective is 0."""
-        return max(0.0, self.objective - self.bound) / (abs(self.objective) or 1.0)
+        """Return (objective - bound) / |objective|, absolute where the objective is 0; NaN where nothing was proven."""
+        return (self.objective - min(self.bound, self.objective)) / (abs(self.objective) or 1.0)
 
 
 def drop_dominated(program: Program, costs: Floats) -> Indices:
@@ -124,29 +127,38 @@ class _Matrix:
     def model(self, kept: Indices, costs: Floats, *, integer: bool) -> highspy.HighsLp:
         """Return the program over the items `kept`, with one further column for each name where names are counted."""
         program, num_layers, infinity = self.program, self.program.num_layers, highspy.kHighsInf
-        entries: list[tuple[int, int, float]] = []
+        covers = [program.items[i].layers for i in kept]
+        columns = np.repeat(np.arange(len(kept)), [len(layers) for layers in covers])
+        table = [np.column_stack([columns, np.concatenate(covers), np.ones(len(columns))])]
         lower, upper = [1.0] * num_layers, [1.0] * num_layers
-        for column, index in enumerate(kept):
-            entries += [(column, layer, 1.0) for layer in program.items[index].layers]
         for coefficients, low, high in self.scaled:
-            values = coefficients[kept]
-            entries += [(c, len(lower), float(values[c])) for c in np.flatnonzero(values)]
+            used = np.flatnonzero(coefficients[kept])
+            table.append(np.column_stack([used, np.full(len(used), len(lower)), coefficients[kept][used]]))
             lower.append(low if np.isfinite(low) else -infinity)
             upper.append(high if np.isfinite(high) else infinity)
         if self.names:
-            used = {name: len(kept) + i for i, name in enumerate(self.names)}
-            for column, index in enumerate(kept):  # x <= used[name]
-                entries += [(column, len(lower), 1.0), (used[program.items[index].name], len(lower), -1.0)]
-                lower.append(-infinity)
-                upper.append(0.0)
-            entries += [(column, len(lower), 1.0) for column in used.values()]
-            lower.append(-infinity)
-            upper.append(float(program.max_distinct or 0))
-        return self._assemble(entries, np.array(lower), np.array(upper), np.r_[costs[kept], np.zeros(len(self.names))], integer)
+            table += self._name_rows(kept, len(lower))
+            lower += [-infinity] * (len(kept) + 1)
+            upper += [0.0] * len(kept) + [float(program.max_distinct or 0)]
+        all_costs = np.r_[costs[kept], np.zeros(len(self.names))]
+        return self._assemble(np.concatenate(table), np.array(lower), np.array(upper), all_costs, integer)
+
+    def _name_rows(self, kept: Indices, first_row: int) -> list[Floats]:
+        """Return the rows x <= used[name], one an item, and the row that counts the used names."""
+        column_of = {name: len(kept) + i for i, name in enumerate(self.names)}
+        named = np.array([column_of[self.program.items[i].name] for i in kept])
+        rows = first_row + np.arange(len(kept))
+        counted = np.array(list(column_of.values()))
+        return [
+            np.column_stack([np.arange(len(kept)), rows, np.ones(len(kept))]),
+            np.column_stack([named, rows, -np.ones(len(kept))]),
+            np.column_stack([counted, np.full(len(counted), first_row + len(kept)), np.ones(len(counted))]),
+        ]
 
     @staticmethod
-    def _assemble(entries: list[tuple[int, int, float]], lower: Floats, upper: Floats, costs: Floats, integer: bool) -> highspy.HighsLp:
-        table = np.array(sorted(entries))
+    def _assemble(table: Floats, lower: Floats, upper: Floats, costs: Floats, integer: bool) -> highspy.HighsLp:
+        """Return the HiGHS model of a table of (column, row, value)."""
+        table = table[np.lexsort((table[:, 1], table[:, 0]))]
         num_columns = len(costs)
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = num_columns, len(lower)
@@ -172,6 +184,12 @@ def _run(lp: highspy.HighsLp, time_limit_s: float) -> highspy.Highs:
         "dual_feasibility_tolerance": _TOLERANCE,
         "mip_feasibility_tolerance": _TOLERANCE,
         "time_limit": max(0.01, time_limit_s),
+        # Few items are left when the search starts, so hunting for a first solution costs more than it saves.
+        "mip_heuristic_run_feasibility_jump": False,
+        "mip_heuristic_run_rens": False,
+        "mip_heuristic_run_rins": False,
+        "mip_detect_symmetry": False,
+        "mip_allow_restart": False,
     }.items():
         solver.setOptionValue(name, value)
     solver.passModel(lp)
@@ -212,7 +230,7 @@ def _minimise_floats(program: Program, costs: Floats, deadline_s: float) -> Outc
         return Outcome(state)
     least = relaxed.getInfo().objective_function_value * scale
     reduced = np.array(relaxed.getSolution().col_dual[: len(kept)]) * scale
-    num_kept = _FIRST_ITEMS_PER_LAYER * program.num_layers
+    num_kept = int(_FIRST_ITEMS_PER_LAYER * program.num_layers)
     slack = float(np.sort(reduced)[num_kept]) if num_kept < len(kept) else np.inf
     while True:
         # An item whose reduced cost is above `slack` is in no solution below least + slack.

@@ -67,11 +67,11 @@ class Solution:
     Attributes:
         scenario: the scenario's name.
         target: its target's name.
-        status: "optimal", or "time_limit" where the gap was not closed in time.
+        status: "optimal", "time_limit" where the gap was not closed in time, "feasible" for a baseline's.
         minimized: the score that was summed: "kl", "lm_loss" or "top1_loss".
         objective: the sum of the chosen scores (lm_loss as the increment over the parent).
-        bound: proven lower bound of the objective over this batch size.
-        gap: (objective - bound) / |objective|.
+        bound: proven lower bound of the objective over this batch size; None where nothing was proven.
+        gap: (objective - bound) / |objective|, absolute where the objective is 0; None where nothing was proven.
         batch: the batch size that is kept.
         choices: one a layer.
         predicted: every quantity at the kept batch size and the target's lengths.
@@ -80,6 +80,7 @@ class Solution:
         batches: how every batch size ended.
         seconds: time that all solving took.
         digest: of the chosen (layer, block, digest); the same exactly when the child is the same.
+        notes: what else a search says of its answer (a baseline: its method and seed).
     """
 
     scenario: str
@@ -87,8 +88,8 @@ class Solution:
     status: str
     minimized: str
     objective: float
-    bound: float
-    gap: float
+    bound: float | None
+    gap: float | None
     batch: int
     choices: tuple[Choice, ...]
     predicted: Mapping[str, float | None]

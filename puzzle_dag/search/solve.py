@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from puzzle_dag.architecture import Architecture, Block
 from puzzle_dag.config import Scenario
@@ -11,7 +12,7 @@ from puzzle_dag.piece_costs import PieceCosts
 from puzzle_dag.search.candidates import Candidates, ScoreTable
 from puzzle_dag.search.infeasible import InfeasibleScenarioError, explain
 from puzzle_dag.search.limits import Limit, all_measures, make_measure, scenario_limits, solved_batches, target_costs
-from puzzle_dag.search.program import GAP, Floats, Outcome, SolverError, minimise
+from puzzle_dag.search.program import GAP, Outcome, SolverError, minimise
 from puzzle_dag.search.solution import BatchOutcome, Choice, LimitReport, Solution
 from puzzle_dag.store import fingerprint
 
@@ -49,11 +50,19 @@ def _throughput(candidates: Candidates, costs: PieceCosts, batch: int, outcome: 
     return make_measure("throughput_tokens_per_s", costs, batch).of(candidates.architecture(outcome.chosen))
 
 
-def _better(candidates: Candidates, costs: PieceCosts, outcomes: Mapping[int, Outcome]) -> int:
+def keep_batch(candidates: Candidates, costs: PieceCosts, outcomes: Mapping[int, Outcome]) -> int:
     """Return the batch size to keep: least objective; among those within the proven gap of it, highest throughput."""
-    least = min(outcome.objective for outcome in outcomes.values())
-    tied = [b for b, o in outcomes.items() if o.objective <= least + GAP * abs(least)]
-    return max(tied, key=lambda b: (_throughput(candidates, costs, b, outcomes[b]), -b))
+    found = {b: o for b, o in outcomes.items() if o.chosen}
+    least = min(outcome.objective for outcome in found.values())
+    tied = [b for b, o in found.items() if o.objective <= least + GAP * abs(least)]
+    return max(tied, key=lambda b: (_throughput(candidates, costs, b, found[b]), -b))
+
+
+def _batch_outcome(candidates: Candidates, costs: PieceCosts, batch: int, outcome: Outcome) -> BatchOutcome:
+    if not outcome.chosen:
+        return BatchOutcome(batch, outcome.status, None, None, outcome.seconds, None)
+    throughput = _finite(_throughput(candidates, costs, batch, outcome))
+    return BatchOutcome(batch, outcome.status, outcome.objective, _finite(outcome.bound), outcome.seconds, throughput)
 
 
 def build_solution(
@@ -61,46 +70,36 @@ def build_solution(
     candidates: Candidates,
     costs: PieceCosts,
     *,
-    limits: Mapping[int, Sequence[Limit]],
+    batch: int,
+    limits: Sequence[Limit],
     outcomes: Mapping[int, Outcome],
-    scores: Floats,
     seconds: float,
+    notes: Mapping[str, Any] | None = None,
 ) -> Solution:
-    """Return the solution that the best batch size gives. `outcomes` has one that is feasible, at least."""
-    batch = _better(candidates, costs, {b: o for b, o in outcomes.items() if o.chosen})
-    outcome, parent = outcomes[batch], candidates.parent
+    """Return the solution that the outcome at `batch` stands for; `limits` are those at that batch size."""
+    outcome, parent, scores = outcomes[batch], candidates.parent, candidates.costs(scenario.objective)
     architecture = candidates.architecture(outcome.chosen)
     choices = tuple(
         Choice(s.layer, s.block, float(scores[i]), s.digest) for i, s in ((i, candidates.scores[i]) for i in outcome.chosen)
     )
-    objective = candidates.exact_sum(scores, outcome.chosen)
     best = max(make_measure("throughput_tokens_per_s", costs, b).of(parent) for b in costs.batch_sizes)
     return Solution(
         scenario=scenario.name,
         target=scenario.target,
         status=outcome.status,
         minimized=scenario.objective.minimize,
-        objective=objective,
-        bound=min(outcome.bound, objective),
-        gap=outcome.gap,
+        objective=candidates.exact_sum(scores, outcome.chosen),
+        bound=_finite(outcome.bound),
+        gap=_finite(outcome.gap),
         batch=batch,
         choices=choices,
         predicted=describe_architecture(architecture, costs, batch),
         parent={**describe_architecture(parent, costs, batch), "parent_best_throughput_tokens_per_s": _finite(best)},
-        limits=tuple(report_limit(limit, architecture, parent) for limit in limits[batch]),
-        batches=tuple(
-            BatchOutcome(
-                b,
-                o.status,
-                o.objective if o.chosen else None,
-                o.bound if o.chosen else None,
-                o.seconds,
-                _finite(_throughput(candidates, costs, b, o)) if o.chosen else None,
-            )
-            for b, o in sorted(outcomes.items())
-        ),
+        limits=tuple(report_limit(limit, architecture, parent) for limit in limits),
+        batches=tuple(_batch_outcome(candidates, costs, b, o) for b, o in sorted(outcomes.items())),
         seconds=seconds,
         digest=fingerprint([[c.layer, c.block, c.digest] for c in choices]),
+        notes=dict(notes or {}),
     )
 
 
@@ -132,8 +131,14 @@ def solve_scenario(
         InfeasibleScenarioError: nothing meets the constraints; names which, and the best value that can be had.
         SolverError: the solver failed, or ran out of time before it found anything.
     """
+    return solve_candidates(Candidates.of(scores, parent_block), costs, scenario, time_limit_s=time_limit_s)
+
+
+def solve_candidates(
+    candidates: Candidates, costs: Mapping[str, PieceCosts], scenario: Scenario, *, time_limit_s: float = 600.0
+) -> Solution:
+    """Solve as `solve_scenario` does, for candidates that several scenarios or bounds share."""
     start = time.monotonic()
-    candidates = Candidates.of(scores, parent_block)
     own = target_costs(scenario.target, costs)
     values = candidates.costs(scenario.objective)
     batches = solved_batches(scenario, own)
@@ -148,6 +153,7 @@ def solve_scenario(
         if any(o.status == "time_limit" for o in outcomes.values()):
             raise SolverError(f"scenario {scenario.name}: nothing found in {time_limit_s:g} s; raise the time limit or loosen a constraint")
         raise explain(scenario.name, candidates, limits)
+    batch = keep_batch(candidates, own, outcomes)
     return build_solution(
-        scenario, candidates, own, limits=limits, outcomes=outcomes, scores=values, seconds=time.monotonic() - start
+        scenario, candidates, own, batch=batch, limits=limits[batch], outcomes=outcomes, seconds=time.monotonic() - start
     )

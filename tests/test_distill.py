@@ -9,9 +9,10 @@ from torch import Tensor
 from puzzle_dag.architecture import FFN, Attention, Block
 from puzzle_dag.config import LibrarySettings, ParentSource
 from puzzle_dag.library.activations import ActivationCache, collect_activations
-from puzzle_dag.library.block import ParentLayer, Variant
-from puzzle_dag.library.distill import Student, distill_pieces, held_out_losses, learning_rate_factor, place_of, row_order
+from puzzle_dag.library.block import ParentLayer, Variant, place_of
+from puzzle_dag.library.distill import distill_pieces, held_out_losses, row_order
 from puzzle_dag.library.initialise import initialise_pieces
+from puzzle_dag.library.student import Student, learning_rate_factor
 from puzzle_dag.model.checkpoint import child_config
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.model.parent import Parent, load_parent

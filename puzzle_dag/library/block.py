@@ -6,6 +6,7 @@ nothing, and the normed input of a place is computed once for all of its variant
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,11 @@ NORMS: dict[Place, str] = {"attention": "input_layernorm.weight", "ffn": "post_a
 _PREFIXES: dict[Place, str] = {"attention": "self_attn.", "ffn": "mlp."}
 
 
+def place_of(variant: Variant) -> Place:
+    """Return the place that a variant can stand in."""
+    return "attention" if isinstance(variant, Attention) else "ffn"
+
+
 def subblock_state(state: Mapping[str, Tensor], place: Place) -> dict[str, Tensor]:
     """Return a piece's tensors without the norm's, by the names that they have in the subblock's module."""
     prefix = _PREFIXES[place]
@@ -39,7 +45,6 @@ def piece_state(module_state: Mapping[str, Tensor], place: Place, norm: Tensor) 
 
 def build_subblock(config: PuzzleDagConfig, layer: int, variant: Variant, state: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """Build a variant's module (no norm) with copies of the tensors of `state` (layer-relative names) in `dtype`."""
-    place: Place = "attention" if isinstance(variant, Attention) else "ffn"
     module: nn.Module
     with torch.device("meta"):
         if variant.kind == "gqa":
@@ -48,13 +53,13 @@ def build_subblock(config: PuzzleDagConfig, layer: int, variant: Variant, state:
             module = SwiGLU(config, variant.intermediate_size)
         else:
             assert variant.kind == "linear", "a no-op has no module"
-            module = LinearAttention(config) if place == "attention" else LinearFFN(config)
-    tensors = {name: tensor.detach().to(dtype, copy=True) for name, tensor in subblock_state(state, place).items()}
+            module = LinearAttention(config) if isinstance(variant, Attention) else LinearFFN(config)
+    tensors = {name: tensor.detach().to(dtype, copy=True) for name, tensor in subblock_state(state, place_of(variant)).items()}
     module.load_state_dict(tensors, assign=True)
     return module
 
 
-@dataclass(slots=True)
+@dataclass
 class BlockStates:
     """What the parent's layer computes for a batch of rows, each [rows, row_length, hidden]."""
 
@@ -68,6 +73,11 @@ class BlockStates:
     """Normed input of the FFN."""
     ffn_output: Tensor
     """Output of the FFN, residual not included."""
+
+    @cached_property
+    def ffn_input_transposed(self) -> Tensor:
+        """`ffn_input` as a contiguous [hidden, rows * row_length]."""
+        return self.ffn_input.flatten(0, 1).T.contiguous()
 
     def output_squares(self) -> Tensor:
         """Return the sum of squares of the block's output, residual included: what normalises the loss (float32)."""
@@ -138,15 +148,16 @@ class ParentLayer:
         ffn_input = self.norms["ffn"](hidden + attention_output)
         return BlockStates(hidden, attention_input, attention_output, ffn_input, self.feed(self.ffn, ffn_input))
 
-    def branch_difference(self, states: BlockStates, place: Place, output: Tensor | None) -> tuple[Tensor, ...]:
-        """Return what a variant's block computes at each place, less what the parent's does, as one or two terms.
+    @torch.no_grad()
+    def error(self, states: BlockStates, variant: Variant, module: nn.Module | None) -> Tensor:
+        """Return the sum of squares of o_parent - o_child for the parent's block with a variant in it (float32 scalar).
 
-        Their sum is o_child - o_parent, since both blocks have the same input: for an FFN variant its output less the
-        parent's, for an attention variant that of the attention and that of the parent's FFN behind it. `output` is
-        the variant's own, None for a no-op.
+        Both blocks have the same input, so what they add to it is all that differs. `module` is None for a no-op.
         """
-        if place == "ffn":
-            return ((torch.zeros_like(states.ffn_output) if output is None else output) - states.ffn_output,)
-        attention_output = torch.zeros_like(states.attention_output) if output is None else output
+        if place_of(variant) == "ffn":
+            ffn_output = torch.zeros_like(states.ffn_output) if module is None else self.feed(module, states.ffn_input)
+            return (ffn_output.float() - states.ffn_output.float()).square().sum()
+        attention_output = torch.zeros_like(states.hidden) if module is None else self.attend(module, states.attention_input)
         ffn_output = self.feed(self.ffn, self.norms["ffn"](states.hidden + attention_output))
-        return attention_output - states.attention_output, ffn_output - states.ffn_output
+        difference = (attention_output.float() - states.attention_output.float()) + (ffn_output.float() - states.ffn_output.float())
+        return difference.square().sum()

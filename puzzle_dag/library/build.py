@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from puzzle_dag.architecture import LayerSpace
 from puzzle_dag.config import LibrarySettings
 from puzzle_dag.library.activations import DTYPES, ActivationCache
-from puzzle_dag.library.block import ParentLayer, Variant
-from puzzle_dag.library.distill import Distilled, distill_pieces, place_of
+from puzzle_dag.library.block import ParentLayer, Variant, place_of
+from puzzle_dag.library.distill import Distilled, distill_pieces
 from puzzle_dag.library.initialise import State, initialise_pieces
 from puzzle_dag.pieces import PIECE_KIND, LayerPieces, Place, piece_name
 from puzzle_dag.progress import Progress, silent

@@ -6,32 +6,24 @@ output, residual included, on the parent's hidden states. A batch is read once a
 once; then every variant takes its own AdamW step, so that what becomes of one doesn't depend on the others.
 """
 
-import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from puzzle_dag.architecture import Attention
 from puzzle_dag.config import LibrarySettings
 from puzzle_dag.library.activations import ActivationCache
-from puzzle_dag.library.block import BlockStates, ParentLayer, Variant, piece_state, subblock_state
+from puzzle_dag.library.block import ParentLayer, Variant
 from puzzle_dag.library.initialise import State, held_out_rows
-from puzzle_dag.pieces import Place
+from puzzle_dag.library.student import Student, learning_rate_factor
 from puzzle_dag.progress import Progress, silent
 
-_WARMUP_SHARE = 0.1
 _CURVE_POINTS = 50
 _ROWS_PER_EVALUATION = 8
 _TOKENS_PER_CHUNK = 1024  # what a variant's intermediate tensors stay in a core's cache with
-
-
-def place_of(variant: Variant) -> Place:
-    """Return the place that a variant can stand in."""
-    return "attention" if isinstance(variant, Attention) else "ffn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,75 +63,6 @@ def row_order(num_rows: int, num_needed: int, seed: int) -> Tensor:
     return torch.cat(epochs)[:num_needed]
 
 
-def learning_rate_factor(step: int, num_steps: int) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up over a tenth, then a cosine to zero."""
-    warmup = max(1, round(_WARMUP_SHARE * num_steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / (num_steps - warmup + 1)))
-
-
-class Student:
-    """A variant in training: its module in the compute type, float32 master weights, and an AdamW of their own."""
-
-    def __init__(self, layer: ParentLayer, variant: Variant, state: State, learning_rate: float) -> None:
-        """Start at `state`, float32 tensors by layer-relative name."""
-        self.layer = layer
-        self.variant = variant
-        self.place = place_of(variant)
-        self.module = layer.build(variant, state)
-        start = subblock_state(state, self.place)
-        self.masters = {
-            name: start[name].detach().to(parameter.device, torch.float32, copy=True).requires_grad_()
-            for name, parameter in self.module.named_parameters()
-        }
-        self.peak = learning_rate
-        self.optimizer = torch.optim.AdamW(self.masters.values(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self.losses: list[Tensor] = []
-        self.seconds = 0.0
-
-    def accumulate(self, batch: Sequence[BlockStates], total: Tensor) -> None:
-        """Add the gradient of sum (o_parent - o_child)^2 / total over the chunks of a batch; note the loss."""
-        error = torch.zeros((), device=self.layer.device)
-        for states in batch:
-            if self.place == "attention":
-                output = self.layer.attend(self.module, states.attention_input)
-            else:
-                output = self.layer.feed(self.module, states.ffn_input)
-            terms = self.layer.branch_difference(states, self.place, output)
-            difference = (terms[0] + terms[1] if len(terms) == 2 else terms[0]).detach()
-            # The gradient of the loss with respect to each term is the same; no graph is needed for the loss itself.
-            gradient = difference * (2 / total)
-            torch.autograd.backward(terms, [gradient.to(t.dtype) for t in terms])
-            error += difference.float().square().sum()
-        self.losses.append(error / total)
-
-    def gradients(self) -> dict[str, Tensor]:
-        """Return what was accumulated, in the compute type, by the module's own names."""
-        found = {}
-        for name, parameter in self.module.named_parameters():
-            assert parameter.grad is not None, "accumulate first"
-            found[name] = parameter.grad
-        return found
-
-    def update(self, learning_rate_factor: float) -> None:
-        """Take an AdamW step with what was accumulated."""
-        parameters = dict(self.module.named_parameters())
-        for name, gradient in self.gradients().items():
-            self.masters[name].grad = gradient.float()
-            parameters[name].grad = None
-        self.optimizer.param_groups[0]["lr"] = self.peak * learning_rate_factor
-        self.optimizer.step()
-        with torch.no_grad():
-            for name, master in self.masters.items():
-                parameters[name].copy_(master)
-
-    def state(self) -> State:
-        """Return the tensors by layer-relative name, float32, on the CPU; the norm's is the parent's."""
-        masters = {name: master.detach().cpu() for name, master in self.masters.items()}
-        return piece_state(masters, self.place, self.layer.norm_weight(self.place).cpu())
-
-
 @torch.no_grad()
 def held_out_losses(layer: ParentLayer, modules: Mapping[Variant, nn.Module | None], cache: ActivationCache) -> dict[Variant, Losses]:
     """Return each variant's losses on the held-out rows; None stands for a no-op."""
@@ -150,13 +73,7 @@ def held_out_losses(layer: ParentLayer, modules: Mapping[Variant, nn.Module | No
         states = layer.run(cache.hidden("train", layer.layer, start=start, stop=min(start + _ROWS_PER_EVALUATION, num_rows)))
         block, branch = block + states.output_squares().double().cpu(), branch + states.branch_squares().double().cpu()
         for variant, module in modules.items():
-            output = None
-            if module is not None and place_of(variant) == "attention":
-                output = layer.attend(module, states.attention_input)
-            elif module is not None:
-                output = layer.feed(module, states.ffn_input)
-            terms = layer.branch_difference(states, place_of(variant), output)
-            error[variant] += sum(terms[1:], terms[0].float()).square().sum().double().cpu()
+            error[variant] += layer.error(states, variant, module).double().cpu()
     return {variant: Losses((e / block).item(), (e / branch).item()) for variant, e in error.items()}
 
 

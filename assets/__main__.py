@@ -8,7 +8,6 @@ import sys
 import warnings
 from pathlib import Path
 
-from puzzle_dag.config import ConfigError
 from resources.workspace import project_root
 
 
@@ -20,7 +19,7 @@ def _say(line: str = "") -> None:
 def _quiet() -> None:
     """Keep our own progress lines; Dagster, transformers and vLLM tell far more than a person wants to read."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
-    for name in ("dagster", "transformers", "vllm", "httpx", "matplotlib", "lm_eval", "datasets"):
+    for name in ("dagster", "transformers", "vllm", "httpx", "matplotlib", "lm_eval", "datasets", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -100,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     _quiet()
     try:
         code: int = args.run(args)
-    except ConfigError as error:
+    except ValueError as error:  # every mistake of a user's is one, and says what to fix
         sys.stderr.write(f"error: {error}\n")
         return 2
     return code

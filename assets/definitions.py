@@ -9,6 +9,7 @@ import os
 import dagster as dg
 
 from assets.automation import automation
+from assets.checks import asset_checks
 from assets.children import child_assets
 from assets.configuration import configuration_assets
 from assets.costs import cost_assets
@@ -31,6 +32,7 @@ def build_definitions(plan: Plan) -> dg.Definitions:
     factories = (configuration_assets, parent_assets, library_assets, score_assets, cost_assets, search_assets, child_assets, grading_assets, result_assets)
     return dg.Definitions(
         assets=[asset for factory in factories for asset in factory(plan)],
+        asset_checks=asset_checks(plan),
         jobs=[refresh_job],
         sensors=[conf_sensor],
         resources={"workspace": Workspace(root=str(plan.root), profile=plan.profile.name)},

@@ -17,6 +17,7 @@ import dagster as dg
 from assets.plan import Plan
 from assets.staleness import Item, Staleness
 from assets.watches import GATHERERS
+from puzzle_dag.preflight import activations_bytes, check_profile, require_disk
 from resources.workspace import Workspace
 
 _LOG = logging.getLogger(__name__)
@@ -114,14 +115,33 @@ class Refresh:
         self._unsettled: dict[Item, str] = {}
 
     def run(self, *, dry: bool = False) -> RefreshRecord:
-        """Refresh, or with `dry` only say what is stale. Raises ConfigError before anything runs."""
+        """Refresh, or with `dry` only say what is stale.
+
+        Raises:
+            ConfigError, VllmMissingError, DiskFullError: what would fail later; nothing ran.
+        """
         start_s = time.perf_counter()
+        self._check_before(dry)
         sync_partitions(self._plan, self._instance)
         for asset in self._staleness.assets():
             for item, reasons in self._staleness.reasons(self._staleness.items(asset)).items():
                 self._settle(item, reasons, dry)
         self._record.seconds = time.perf_counter() - start_s
         return self._record
+
+    def _check_before(self, dry: bool) -> None:
+        """Find before any compute what would fail in the middle of it. Raises ConfigError, VllmMissingError, DiskFullError."""
+        profile, shape = self._plan.profile, self._plan.shape
+        check_profile(self._workspace.conf, profile, shape)
+        if dry:
+            return
+        if not (self._workspace.var / "activations").exists():
+            num_tokens = profile.tokens.activations + profile.tokens.scores
+            require_disk(self._workspace.var, activations_bytes(shape, num_tokens, profile.dtype), "the parent's activations")
+        if not self._select or any(self._among(Item(a), self._select) for a in ("block_costs", "parent_serving", "serving")):
+            from puzzle_dag.engine.client import read_engine_version
+
+            read_engine_version()
 
     def _settle(self, item: Item, reasons: list[str], dry: bool) -> None:
         waits_for = [p for p in self._staleness.parents(item) if p in self._unsettled]
@@ -189,7 +209,7 @@ def refresh(
     """Bring a profile up to date on an instance; see `Refresh`.
 
     Raises:
-        ConfigError: a configuration file is wrong; nothing ran.
+        ConfigError, VllmMissingError, DiskFullError: something is wrong with the configuration or the machine; nothing ran.
     """
     from assets.definitions import build_definitions
     from assets.plan import make_plan

@@ -1,0 +1,168 @@
+"""Asset checks: what must hold of what was made. The blocking ones keep everything that follows from running.
+
+A `blocking` check stops only its own run, so the refresh looks at the latest result of each before it goes on.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import dagster as dg
+
+from assets.children import CHECKPOINT, chosen_pieces
+from assets.costs import parent_block
+from assets.facts import constraints_met, read_chain
+from assets.library import space_from_json
+from assets.materialise import table
+from assets.plan import Plan
+from assets.search import read_costs, read_scores
+from puzzle_dag.architecture import Block
+from resources.workspace import Workspace
+
+Body = Callable[[dg.AssetCheckExecutionContext, Workspace], dg.AssetCheckResult]
+
+
+def _check(plan: Plan, asset: str, name: str, partitions: dg.PartitionsDefinition, body: Body, *, blocking: bool, description: str) -> dg.AssetChecksDefinition:
+    @dg.asset_check(asset=plan.key(asset), name=name, blocking=blocking, description=description, partitions_def=partitions)
+    def run(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
+        return body(context, workspace)
+
+    return run
+
+
+def _result(passed: bool, *, blocking: bool = True, **metadata: Any) -> dg.AssetCheckResult:
+    severity = dg.AssetCheckSeverity.ERROR if blocking else dg.AssetCheckSeverity.WARN
+    return dg.AssetCheckResult(passed=passed, severity=severity, metadata=metadata)
+
+
+def _library_is_complete(plan: Plan) -> Body:
+    def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
+        from puzzle_dag.pieces import LayerPieces, PieceMissingError
+
+        value = workspace.shelf.value("block_library", context.partition_key)
+        space = space_from_json(workspace.shelf.value("search_space", context.partition_key))
+        pieces, missing = LayerPieces.from_json(workspace.store, value["pieces"]), []
+        for place, variants in (("attention", space.attentions), ("ffn", space.ffns)):
+            for variant in variants:
+                try:
+                    pieces.digest(place, variant.name)  # type: ignore[arg-type]
+                except PieceMissingError:
+                    missing.append(f"{place}/{variant.name}")
+        losses = [r["loss_trained"] for r in value["reports"]]
+        return _result(not missing and all(math.isfinite(x) for x in losses), missing=", ".join(missing) or "none", num_variants=len(losses))
+
+    return body
+
+
+def _scores_are_sound(plan: Plan) -> Body:
+    def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
+        rows = workspace.shelf.value("block_scores", context.partition_key)["scores"]
+        wrong = [r["block"] for r in rows if not (math.isfinite(r["kl"]) and r["kl"] >= 0 and math.isfinite(r["lm_loss"]) and 0 <= r["top1_agreement"] <= 1)]
+        own = next((r for r in rows if r["block"] == parent_block(plan).name), None)
+        parent_is_zero = own is not None and own["kl"] == 0 and own["top1_agreement"] == 1
+        return _result(not wrong and parent_is_zero, unsound=", ".join(wrong) or "none", parent_is_zero=parent_is_zero, num_pairs=len(rows))
+
+    return body
+
+
+def _solution_is_feasible(plan: Plan) -> Body:
+    def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
+        """Add the costs up again, from the table and not from the solver, and hold them against every limit."""
+        from puzzle_dag.search.limits import scenario_limits
+        from puzzle_dag.search.solution import Solution
+
+        scenario = workspace.scenario_of(workspace.shelf.value("scenario_spec", context.partition_key))
+        solution = Solution.from_json(workspace.shelf.value("solution", context.partition_key)["solution"])
+        costs, parent = read_costs(plan, workspace, scenario.target), (parent_block(plan),) * plan.shape.num_hidden_layers
+        broken, rows = [], []
+        for limit in scenario_limits(scenario, costs, solution.batch, parent):
+            value = limit.measure.of(solution.architecture)
+            rows.append({"constraint": limit.name, "value": value, "at_least": limit.at_least and float(limit.at_least), "at_most": limit.at_most and float(limit.at_most)})
+            slack = 1e-9 * abs(value)
+            if (limit.at_least is not None and value < limit.at_least - slack) or (limit.at_most is not None and value > limit.at_most + slack):
+                broken.append(limit.name)
+        scores = {(s.layer, s.block): s for layer in read_scores(workspace) for s in layer}
+        strange = [c.block for c in solution.choices if (c.layer, c.block) not in scores or scores[c.layer, c.block].digest != c.digest]
+        return _result(not broken and not strange, broken=", ".join(broken) or "none", unknown=", ".join(strange) or "none", limits=table(rows))
+
+    return body
+
+
+def _child_is_as_assembled(plan: Plan) -> Body:
+    def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
+        """Compare the logits of the checkpoint, read back, with those of the child put together in memory."""
+        import torch
+        from safetensors.torch import load_file
+
+        from puzzle_dag.children.assemble import build_child
+        from puzzle_dag.model.checkpoint import load_checkpoint
+
+        solution = workspace.shelf.value("solution", context.partition_key)["solution"]
+        folder = workspace.store.folder("child", workspace.shelf.value("child", context.partition_key)["key"]) / CHECKPOINT
+        rows = load_file(workspace.var / "tokens.safetensors")["heldout"][:2]
+        with workspace.device(), torch.inference_mode():
+            parent = workspace.load_parent()
+            child = build_child(parent, tuple(Block.parse(c["block"]) for c in solution["choices"]), chosen_pieces(workspace, solution["choices"]))
+            expected = child(input_ids=rows.to(parent.model.device)).logits.float()
+            found = load_checkpoint(folder, device=parent.model.device)(input_ids=rows.to(parent.model.device)).logits.float()
+        difference = float((expected - found).abs().max())
+        return _result(difference == 0, largest_difference=difference)
+
+    return body
+
+
+def _retention_is_kept(plan: Plan) -> Body:
+    def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
+        mean = workspace.shelf.value("accuracy", context.partition_key)["mean"]
+        floor = workspace.read_scenario(context.partition_key).retention_floor
+        retained = mean["value"]
+        shown = {"retention": retained, "stderr": mean["stderr"]} if retained is not None else {"retention": "undefined: the parent is no better than chance"}
+        return _result(retained is not None and retained >= floor, blocking=False, floor=floor, **shown)
+
+    return body
+
+
+def _serves_as_asked(plan: Plan) -> Body:
+    def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
+        rows = constraints_met(plan, workspace, read_chain(workspace, context.partition_key))
+        # A scenario may bound nothing that an engine measures (parameters); then there is nothing to miss.
+        return _result(all(r["met"] for r in rows), blocking=False, constraints=table(rows))
+
+    return body
+
+
+def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
+    """Return the checks of one profile."""
+    layers, scenarios = plan.partitions.layers, plan.partitions.scenarios
+    return [
+        _check(
+            plan, "block_library", "complete", layers, _library_is_complete(plan), blocking=True, description="Every variant of the space is there, its loss finite."
+        ),
+        _check(
+            plan, "block_scores", "sound", layers, _scores_are_sound(plan), blocking=True, description="Scores are finite, and the parent's own block scores 0."
+        ),
+        _check(
+            plan,
+            "solution",
+            "feasible",
+            scenarios,
+            _solution_is_feasible(plan),
+            blocking=True,
+            description="The chosen pieces, added up again, meet every constraint.",
+        ),
+        _check(
+            plan,
+            "child",
+            "as_assembled",
+            scenarios,
+            _child_is_as_assembled(plan),
+            blocking=True,
+            description="The checkpoint gives the assembled child's logits bit for bit.",
+        ),
+        _check(
+            plan, "accuracy", "retention", scenarios, _retention_is_kept(plan), blocking=False, description="Mean retention, corrected for chance, is above the scenario's floor."
+        ),
+        _check(
+            plan, "serving", "as_asked", scenarios, _serves_as_asked(plan), blocking=False, description="The engine's measurement meets the scenario, within 5 % beyond its interval."
+        ),
+    ]

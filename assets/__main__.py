@@ -35,6 +35,8 @@ def _refresh(args: argparse.Namespace) -> int:
 
     with open_instance(args.root) as instance:
         record = refresh(args.root, args.profile, instance, select=args.select, remake=args.remake, on_outcome=tell)
+    for check in record.failed_checks:
+        _say(f" check  {check} did not pass")
     failed, waits = record.of("failed"), record.of("waits")
     _say(f"{len(record.ran)} materialized, {len(record.of('fresh'))} fresh, {len(failed)} failed, {len(waits)} waiting; {record.seconds:.1f} s")
     return 0 if record.ok else 1
@@ -62,6 +64,12 @@ def _add_scenario(args: argparse.Namespace) -> int:
     return 0
 
 
+def _demo(args: argparse.Namespace) -> int:
+    from assets.demo import run_demo
+
+    return 0 if run_demo(args.root, args.profile, _say).ok else 1
+
+
 def _ui(args: argparse.Namespace) -> int:
     from resources.instance import dagster_home
 
@@ -87,6 +95,8 @@ def _parser() -> argparse.ArgumentParser:
     add = scenario.add_parser("add", parents=[profile], help="add a scenario, or replace one")
     add.add_argument("file", type=Path)
     add.set_defaults(run=_add_scenario)
+    demo = commands.add_parser("demo", parents=[profile], help="refresh, then print the results, the times and the path of the report")
+    demo.set_defaults(run=_demo)
     ui = commands.add_parser("ui", help="Dagster's webserver and daemon over var/dagster")
     ui.add_argument("--port", type=int, default=3000)
     ui.set_defaults(run=_ui)

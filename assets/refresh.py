@@ -48,6 +48,8 @@ class RefreshRecord:
     """One entry an item."""
     seconds: float = 0.0
     """Time of the whole refresh."""
+    failed_checks: list[str] = field(default_factory=list)
+    """Checks that did not pass, blocking or not: "accuracy[fast]: retention"."""
 
     def of(self, state: State) -> list[Outcome]:
         """Return the outcomes of one state."""
@@ -60,7 +62,7 @@ class RefreshRecord:
 
     @property
     def ok(self) -> bool:
-        """Say whether nothing failed and nothing waits."""
+        """Say whether nothing failed and nothing waits; checks that block nothing don't count."""
         return not (self.of("failed") or self.of("waits"))
 
 
@@ -157,9 +159,14 @@ class Refresh:
             self._note(Outcome(item, "stale", tuple(reasons)))
         else:
             self._note(self._execute(item, reasons))
-        failed = self._staleness.failed_checks(item) if item not in self._unsettled else []
-        if failed:
-            self._unsettled[item] = f"check {', '.join(failed)} did not pass"
+        if item not in self._unsettled:
+            self._heed_checks(item)
+
+    def _heed_checks(self, item: Item) -> None:
+        failed = self._staleness.failed_checks(item)
+        self._record.failed_checks += [f"{item}: {name}" for name in failed]
+        if any(failed.values()):
+            self._unsettled[item] = f"check {', '.join(n for n, blocking in failed.items() if blocking)} did not pass"
 
     def _may_gather(self, item: Item, waits_for: list[Item]) -> bool:
         # What failed stays failed, so a gatherer takes what there is; what is merely not selected, it waits for.

@@ -57,9 +57,9 @@ class Staleness:
         """Ask about the assets of `job`, the implicit job of the profile's definitions."""
         self._plan, self._instance, self._workspace = plan, instance, workspace
         self._graph = job.asset_layer.asset_graph
-        self._checks = {
-            key: [c for c in self._graph.asset_check_keys if c.asset_key == key and self._graph.get(c).blocking] for key in self._graph.get_all_asset_keys()
-        }
+        self._checks: dict[dg.AssetKey, list[dg.AssetCheckKey]] = {}
+        for check in self._graph.asset_check_keys:
+            self._checks.setdefault(check.asset_key, []).append(check)
 
     def assets(self) -> list[str]:
         """Return the assets' names, each after those that it depends on."""
@@ -101,19 +101,17 @@ class Staleness:
             reasons.append("what it reads has changed")
         return reasons
 
-    def failed_checks(self, item: Item) -> list[str]:
-        """Return the names of the blocking checks whose latest run on this item did not pass."""
-        checks = self._checks[self._plan.key(item.asset)]
+    def failed_checks(self, item: Item) -> dict[str, bool]:
+        """Return the checks whose latest run on this item did not pass, and whether each is blocking."""
+        checks = self._checks.get(self._plan.key(item.asset), [])
         if not checks:
-            return []
+            return {}
         latest = self._instance.event_log_storage.get_latest_asset_check_execution_by_key(checks, PartitionKeyFilter(key=item.partition))
-        return [key.name for key, record in latest.items() if not _passed(record)]
+        return {key.name: self._graph.get(key).blocking for key, record in latest.items() if not _passed(record)}
 
 
 def _passed(record: AssetCheckExecutionRecord) -> bool:
-    if record.status == AssetCheckExecutionRecordStatus.FAILED and record.event is not None and record.event.dagster_event is not None:
-        return bool(record.event.dagster_event.asset_check_evaluation_data.severity != dg.AssetCheckSeverity.ERROR)
-    # PLANNED: the check was to run and crashed before it could say anything.
+    # PLANNED: the check was to run, and its run crashed before it could say anything.
     return record.status == AssetCheckExecutionRecordStatus.SUCCEEDED
 
 

@@ -38,8 +38,14 @@ class Record:
 
     @property
     def value_digest(self) -> str:
-        """Fingerprint of the whole value, which may say more than the DataVersion (a solution's predictions, say)."""
-        return fingerprint(self.value)
+        """Fingerprint of the whole value, which may say more than the DataVersion (a solution's predictions, say), times aside."""
+        return fingerprint(_without_times(self.value))
+
+
+def _without_times(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _without_times(v) for k, v in value.items() if k != "seconds"}
+    return [_without_times(v) for v in value] if isinstance(value, list) else value
 
 
 class Shelf:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from puzzle_dag.architecture import Block
+from puzzle_dag.children import losses
 from puzzle_dag.children.assemble import assemble_child, model_digest, num_parameters
 from puzzle_dag.children.divergence import estimate, measure_divergence
 from puzzle_dag.children.losses import cosine_loss, distillation_kl
@@ -45,7 +46,7 @@ def test_kl_and_its_gradient_agree_with_autograd_in_float64() -> None:
     kl = functional.kl_div(exact.log_softmax(-1), parent.double().log_softmax(-1), reduction="none", log_target=True).sum(-1).mean()
     (3 * kl).backward()
     assert exact.grad is not None
-    assert float(distillation_kl(child.detach(), parent)) == pytest.approx(float(kl), rel=1e-5)
+    assert float(distillation_kl(child.detach(), parent)) == pytest.approx(kl.item(), rel=1e-5)
     torch.testing.assert_close(child.grad, exact.grad.float(), rtol=1e-4, atol=1e-7)
 
 
@@ -54,6 +55,28 @@ def test_cosine_loss_is_a_sum_over_layers_of_means_over_positions() -> None:
     left = torch.tensor([[[-1.0, 0.0], [0.0, 3.0]]])
     assert float(cosine_loss((right,), (right,))) == pytest.approx(0.0, abs=1e-6)
     assert float(cosine_loss((right, right), (left, left))) == pytest.approx(2.0)  # opposite: 2, same direction: 0
+
+
+def test_cosine_gradient_agrees_with_autograd_in_float64() -> None:
+    generator = torch.Generator().manual_seed(5)
+    child = torch.randn(4, 7, 33, generator=generator, requires_grad=True)
+    parent = child.detach() + torch.randn(4, 7, 33, generator=generator)
+    (2 * cosine_loss((child, 3 * child), (parent, parent))).backward()
+    exact = child.detach().double().requires_grad_()
+    expected = sum((1 - functional.cosine_similarity(c, parent.double(), dim=-1)).mean() for c in (exact, 3 * exact))
+    (2 * expected).backward()  # type: ignore[union-attr]
+    assert exact.grad is not None
+    torch.testing.assert_close(child.grad, exact.grad.float(), rtol=1e-4, atol=1e-7)
+
+
+def test_kl_in_slices_is_the_kl_in_one_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    child, parent = torch.randn(2, 13, 50, 17, generator=torch.Generator().manual_seed(6))
+    whole = distillation_kl(child, parent)
+    monkeypatch.setitem(losses._SLICE_ELEMENTS, "cpu", 17 * 100)
+    assert float(distillation_kl(child, parent)) == pytest.approx(float(whole), rel=1e-6)
+    child.requires_grad_()
+    distillation_kl(child, parent).backward()
+    torch.testing.assert_close(child.grad, (child.softmax(-1) - parent.softmax(-1)).detach() / (13 * 50), rtol=1e-4, atol=1e-8)
 
 
 def test_learning_rate_warms_up_and_falls() -> None:

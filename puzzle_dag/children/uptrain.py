@@ -148,7 +148,7 @@ def _load_state(path: Path, run: _Run, key: str) -> bool:
 
 def _losses(teacher: PuzzleDagForCausalLM, student: PuzzleDagForCausalLM, batch: Tensor, autocast: bool) -> tuple[Tensor, Tensor]:
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=autocast):
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: the losses keep the parent's states for their gradient
             parent = teacher(input_ids=batch, output_hidden_states=True, use_cache=False)
         child = student(input_ids=batch, output_hidden_states=True, use_cache=False)
     # boundary 0 is the embedding's output, which is no layer's

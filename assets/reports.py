@@ -1,0 +1,211 @@
+"""What came out, for people: the facts of every scenario read from the shelf, as tables and as self-contained HTML pages."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from assets.children import loss_lines
+from assets.costs import parent_block
+from assets.facts import read_chain
+from assets.plan import GROUPS, Plan
+from puzzle_dag.report.html import Picture, Table
+from puzzle_dag.report.pictures import FrontierPoint, cost_curves, score_heat_map
+from puzzle_dag.report.scenario import ConstraintFact, ScenarioFacts, ServedFact, TaskFact, render_overview, render_scenario
+from puzzle_dag.report.tables import format_percent, format_quantity
+from puzzle_dag.store import fingerprint, write_atomically
+from resources.rows import read_rows
+from resources.workspace import Workspace
+
+_CAPTION = "predicted by the cost table | measured on the engine, parent and child in turns, with the 95 % confidence interval"
+
+
+def _constraints(solution: Mapping[str, Any], spec: Mapping[str, Any]) -> list[ConstraintFact]:
+    facts = []
+    for limit in solution["limits"]:
+        bound = spec["constraints"][limit["name"]]
+        side = "at_least" if limit["at_least"] is not None else "at_most"
+        wanted = f"{bound[side]:g} x the parent's" if bound["relative_to"] else format_quantity(limit["name"], bound[side])
+        where = f", batch {limit['batch']}" + (f", {limit['length']} tokens" if limit["length"] else "")
+        facts.append(
+            ConstraintFact(
+                name=limit["name"],
+                bound=f"{side.replace('_', ' ')} {wanted}{where}",
+                limit=limit[side],
+                parent=limit["parent_value"],
+                predicted=limit["value"],
+            )
+        )
+    return facts
+
+
+def _memory(parent: Mapping[str, Any], child: Mapping[str, Any], solution: Mapping[str, Any], lengths: int) -> ServedFact:
+    """Return weights and KV cache at the point of the scenario's memory constraint, else at the batch and lengths that are served."""
+    point = next((x for x in solution["limits"] if x["name"] == "memory_bytes"), None)
+    batch, length = (point["batch"], point["length"]) if point else (solution["batch"], lengths)
+    predicted = point["value"] if point else solution["predicted"]["memory_bytes"]
+    own, theirs = (float(m["weight_bytes"] + batch * length * m["kv_bytes_per_token"]) for m in (child, parent))
+    return ServedFact(name="memory_bytes", parent=theirs, child=own, predicted=predicted)
+
+
+def _served(name: str, solution: Mapping[str, Any], served: Mapping[str, Any], lengths: int) -> list[ServedFact]:
+    """Return what was measured at the batch size that the solution keeps."""
+    report, batch, predicted = served["report"], solution["batch"], solution["predicted"]
+    models = {m["model"]: m for m in report["models"] if m["batch"] == batch}
+    parent, child = models["parent"], models[name]
+    turns = next(s for s in report["speedups"] if (s["child"], s["batch"]) == (name, batch))
+    fast, low, high = turns["speedup"], turns["low"], turns["high"]
+    slow = {"ratio": 1 / fast, "ratio_low": 1 / high, "ratio_high": 1 / low}
+    return [
+        ServedFact(
+            name="throughput_tokens_per_s",
+            parent=parent["throughput_tokens_per_s"],
+            child=child["throughput_tokens_per_s"],
+            predicted=predicted["throughput_tokens_per_s"],
+            ratio=fast,
+            ratio_low=low,
+            ratio_high=high,
+        ),
+        ServedFact(name="latency_s", parent=parent["total_s"], child=child["total_s"], predicted=predicted["latency_s"], **slow),
+        ServedFact(name="ttft_s", parent=parent["prefill_s"], child=child["prefill_s"], predicted=predicted["ttft_s"]),
+        _memory(parent, child, solution, lengths),
+    ]
+
+
+def _tasks(accuracy: Mapping[str, Any]) -> list[TaskFact]:
+    return [
+        TaskFact(
+            task=r["task"],
+            metric=r["metric"],
+            parent=r["parent"],
+            child=r["child"],
+            retention=r["corrected"],
+            stderr=r["corrected_stderr"] or 0.0,
+        )
+        for r in accuracy.get("retention", ())
+        if r["corrected"] is not None
+    ]
+
+
+def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts | None:
+    """Return all that is known of a scenario; None where it has no solution."""
+    # What is left of former times (the grades of a child that has been replaced) is not reported.
+    chain = read_chain(workspace, name)
+    solution, spec, healed, served = chain.solution, chain.spec, chain.uptrained, chain.serving
+    if solution is None or spec is None:
+        return None
+    target = workspace.target_of(workspace.shelf.value("target_spec", solution["target"]))
+    variants = workspace.shelf.value("cost_variants")
+    stages = {"assembled": chain.child, "uptrained": healed}
+    return ScenarioFacts(
+        name=name,
+        profile=plan.profile.name,
+        target=solution["target"],
+        description=spec.get("description", ""),
+        constraints=_constraints(solution, spec),
+        solver={k: solution[k] for k in ("status", "objective", "bound", "gap", "batch", "seconds")},
+        blocks=[c["block"] for c in solution["choices"]],
+        parent_block=parent_block(plan).name,
+        attentions=variants["attention"],
+        ffns=variants["ffn"],
+        served=_served(name, solution, served, target.input_length + target.output_length) if served else (),
+        kl={stage: value["divergence"]["kl"]["mean"] for stage, value in stages.items() if value},
+        tasks=_tasks(chain.accuracy or {}),
+        uptrain_curves=loss_lines(healed["curve"]) if healed else {},
+        retention_floor=spec.get("retention_floor"),
+    )
+
+
+def _interval(fact: ServedFact) -> str:
+    ratio = fact.child / fact.parent if fact.ratio is None else fact.ratio
+    low_high = f" ({fact.ratio_low:.2f} to {fact.ratio_high:.2f})" if fact.ratio_low is not None and fact.ratio_high is not None else ""
+    return f"{format_quantity(fact.name, fact.child)}, {ratio:.2f} x{low_high}"
+
+
+def results_table(plan: Plan, workspace: Workspace, facts: Sequence[ScenarioFacts]) -> Table:
+    """Return the table of results, a column a scenario: what was predicted, what was measured, what was kept."""
+    columns = []
+    for fact in facts:
+        mean = (read_chain(workspace, fact.name).accuracy or {}).get("mean", {})
+        asked = "; ".join(f"{c.name} {c.bound}" for c in fact.constraints)
+        cells = {"asked for": asked, "target, batch": f"{fact.target}, {fact.solver['batch']}"}
+        for s in fact.served:
+            short = s.name.removesuffix("_tokens_per_s").removesuffix("_bytes").removesuffix("_s")
+            if s.name != "ttft_s":
+                cells[f"{short}, parent"] = format_quantity(s.name, s.parent)
+                cells[f"{short}, predicted"] = "" if s.predicted is None else format_quantity(s.name, s.predicted)
+                cells[f"{short}, measured"] = _interval(s)
+        cells |= {f"KL {stage} (nats a token)": f"{kl:.4f}" for stage, kl in fact.kl.items()}
+        cells |= {f"retention {t.task}": format_percent(t.retention, t.stderr) for t in fact.tasks}
+        if mean.get("value") is not None:
+            cells["retention, mean"] = format_percent(mean["value"], mean["stderr"])
+        columns.append(cells)
+    names = list(dict.fromkeys(name for cells in columns for name in cells))
+    return Table(("", *(f.name for f in facts)), [(n, *(cells.get(n, "not run") for cells in columns)) for n in names], caption=_CAPTION)
+
+
+def stage_seconds(plan: Plan, workspace: Workspace) -> dict[str, float]:
+    """Return the seconds that each asset took, all partitions together, in the order of the data flow."""
+    seconds = {}
+    for name in (n for names in GROUPS.values() for n in names):
+        records = [workspace.shelf.find(name, p.stem) for p in sorted(workspace.shelf.path(name).parent.glob("*.json"))]
+        total = sum(r.seconds for r in records if r is not None)
+        if total > 0:
+            seconds[name] = total
+    return seconds
+
+
+def _points(facts: Sequence[ScenarioFacts]) -> list[FrontierPoint]:
+    points = [FrontierPoint("parent", 1.0, 1.0, "parent")]
+    for fact in facts:
+        speed = next((s for s in fact.served if s.name == "throughput_tokens_per_s"), None)
+        if speed is None or not fact.tasks or speed.ratio is None or speed.ratio_high is None or speed.ratio_low is None:
+            continue
+        mean = sum(t.retention for t in fact.tasks) / len(fact.tasks)
+        error = sum(t.stderr**2 for t in fact.tasks) ** 0.5 / len(fact.tasks)
+        half = (speed.ratio_high - speed.ratio_low) / 2
+        points.append(FrontierPoint(fact.name, speed.ratio, mean, x_error=half, y_error=error))
+    return points
+
+
+def _pictures(plan: Plan, workspace: Workspace) -> list[Picture]:
+    """Return the score heat map and the cost curves of every target that has costs."""
+    layers: dict[int, dict[str, float]] = {}
+    for row in read_rows(workspace.tables / "score_table.parquet"):
+        layers.setdefault(row["layer"], {})[row["block"]] = row["kl"]
+    drawn = [Picture(score_heat_map([layers[i] for i in sorted(layers)]), "KL divergence of every block, alone in the parent")]
+    for target in workspace.shelf.value("cost_table")["targets"]:
+        curves: dict[str, dict[str, dict[int, float]]] = {"attention": {}, "ffn": {}, "constant": {}}
+        for row in read_rows(workspace.tables / "costs" / f"{target}.parquet"):
+            by_batch = curves[row["place"]].setdefault(row["variant"], {})
+            by_batch[row["batch"]] = by_batch.get(row["batch"], 0.0) + row["seconds"]
+        png = cost_curves(curves["attention"], curves["ffn"], title=target)
+        drawn.append(Picture(png, f"seconds a layer on {target}, prefill and decode"))
+    return drawn
+
+
+def write_reports(
+    plan: Plan, workspace: Workspace, facts: Sequence[ScenarioFacts], *, machine: Mapping[str, str], footer: str = ""
+) -> Path:
+    """Write a page a scenario and one for all to var/PROFILE/reports; return the latter's path. Nothing new, nothing written."""
+    folder = workspace.var / "reports"
+    index, results, stages = folder / "index.html", results_table(plan, workspace, facts), stage_seconds(plan, workspace)
+    records = [workspace.shelf.find(name) for name in ("score_table", "cost_table")]
+    content = [repr(facts), repr(results), stages, footer, [r.data_version for r in records if r]]
+    stamp = folder / "stamp"
+    if index.exists() and stamp.exists() and stamp.read_text() == fingerprint(content):
+        return index
+    for fact in facts:
+        write_atomically(folder / f"{fact.name}.html", render_scenario(fact, footer=footer))
+    page = render_overview(
+        plan.profile.name,
+        results=results,
+        stages=stages,
+        points=_points(facts),
+        machine=machine,
+        pictures=_pictures(plan, workspace) if all(records) else (),
+        pages=[(f.name, f"{f.name}.html") for f in facts],
+        footer=footer,
+    )
+    write_atomically(index, page)
+    write_atomically(stamp, fingerprint(content))
+    return index

@@ -1,0 +1,253 @@
+"""What each part of the method buys: one row a seed and arm, all children under the same constraints.
+
+Arms, each with and without global distillation (GKD): the integer program (MIP) on the trained library, started in
+closed form; greedy, largest-parameters and random choices from that same library (Puzzle, appendix F.2); the MIP on
+a library without block-wise distillation (BLD); and both again from the paper's initialisations. Everything else is
+equal: the cost table, the tokens, the settings. A seed changes the tokens of every stage and the order of training.
+
+    python benchmarks/ablation.py --profile quality --scenario throughput-1.5x-quality --out var/ablation
+
+Resumable: finished rows in OUT/rows.jsonl are not computed again. Needs the target's costs, which it measures (or
+finds in the store of earlier runs). Prints a table of means over the seeds and each arm's ratio to the first arm.
+"""
+
+import argparse
+import json
+import logging
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from puzzle_dag.architecture import LayerSpace, variant_union
+from puzzle_dag.children.assemble import assemble_child, num_parameters
+from puzzle_dag.children.divergence import measure_divergence
+from puzzle_dag.children.evaluate import TaskResult, evaluate_checkpoint, evaluate_model
+from puzzle_dag.children.retention import mean_retention, retention
+from puzzle_dag.children.uptrain import uptrain_child
+from puzzle_dag.config import Profile, Scenario, read_profile, read_scenario, read_target, resolve_space
+from puzzle_dag.corpus.tokens import build_tokens
+from puzzle_dag.costs.measure import measure_target
+from puzzle_dag.library.activations import ActivationCache, collect_activations
+from puzzle_dag.library.build import build_layer
+from puzzle_dag.model.checkpoint import load_checkpoint
+from puzzle_dag.model.parent import Parent, load_parent
+from puzzle_dag.piece_costs import PieceCosts
+from puzzle_dag.pieces import LayerPieces
+from puzzle_dag.search.baselines import greedy_solution, largest_parameters_solution, random_solution
+from puzzle_dag.search.score import BlockScore, score_layer
+from puzzle_dag.search.solution import Solution
+from puzzle_dag.search.solve import solve_scenario
+from puzzle_dag.store import ArtifactStore
+
+log = logging.getLogger("ablation")
+
+_HELDOUT_TOKENS = 32_768
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to get a child: how the library is made, and how the child is picked from it."""
+
+    name: str
+    initialisation: str
+    with_bld: bool
+    selection: str
+
+
+ARMS = (
+    Arm("MIP, closed form, BLD", "closed_form", True, "mip"),
+    Arm("greedy", "closed_form", True, "greedy"),
+    Arm("largest parameters", "closed_form", True, "largest"),
+    Arm("random", "closed_form", True, "random"),
+    Arm("MIP, closed form, no BLD", "closed_form", False, "mip"),
+    Arm("MIP, paper's initialisation, BLD", "paper", True, "mip"),
+    Arm("MIP, paper's initialisation, no BLD", "paper", False, "mip"),
+)
+
+
+@dataclass
+class Bench:
+    """What all seeds and arms share."""
+
+    profile: Profile
+    scenario: Scenario
+    parent: Parent
+    spaces: list[LayerSpace]
+    costs: dict[str, PieceCosts]
+    store: ArtifactStore
+    out: Path
+    uptrain_tokens: int
+    parent_results: list[TaskResult]
+
+    def tokens(self, purpose: Any, num_tokens: int, seed: int) -> torch.Tensor:
+        """Return rows for one purpose, of the seed's own random stream."""
+        length = self.profile.tokens.row_length
+        return build_tokens(
+            self.profile.corpus, self.parent.tokenizer, num_tokens=num_tokens, row_length=length, purpose=purpose, seed=seed, root=Path()
+        )
+
+    @property
+    def skills(self) -> list[str]:
+        """Names of the skill tasks: what retention is the mean of."""
+        return [t for t in self.profile.accuracy.tasks if t.startswith("skill_")]
+
+
+def collect(bench: Bench, seed: int) -> ActivationCache:
+    """Return the seed's activations."""
+    folder = bench.out / f"activations-{seed}"
+    train = bench.tokens("train", bench.profile.tokens.activations, seed)
+    collect_activations(bench.parent, train, bench.tokens("score", bench.profile.tokens.scores, seed), folder, dtype=bench.profile.dtype)
+    return ActivationCache(folder)
+
+
+def build_library(bench: Bench, cache: ActivationCache, arm: Arm, seed: int) -> tuple[list[LayerPieces], list[list[BlockScore]]]:
+    """Return pieces and scores of the arm's library; the store keeps both, so that arms share them."""
+    tokens = bench.profile.library.num_tokens if arm.with_bld else 0
+    settings = bench.profile.library.model_copy(update={"initialisation": arm.initialisation, "num_tokens": tokens, "seed": seed})
+    pieces, scores = [], []
+    for layer, space in enumerate(bench.spaces):
+        keys = {"activations_digest": cache.digest, "compute_dtype": bench.profile.dtype}
+        made, _ = build_layer(bench.parent, layer, space, cache, settings, bench.store, **keys)
+        pieces.append(made)
+        scores.append(score_layer(bench.parent, layer, space, made, cache, bench.store, **keys))
+        log.info("seed %d, %s: layer %d of %d", seed, arm.name, layer + 1, len(bench.spaces))
+    return pieces, scores
+
+
+def select(bench: Bench, arm: Arm, scores: list[list[BlockScore]], seed: int) -> Solution:
+    """Pick the arm's architecture; every selection meets the scenario's constraints."""
+    choosers: dict[str, Callable[..., Solution]] = {
+        "mip": solve_scenario,
+        "greedy": greedy_solution,
+        "largest": largest_parameters_solution,
+        "random": partial(random_solution, seed=seed),
+    }
+    return choosers[arm.selection](scores, bench.costs, bench.scenario, bench.parent.block)
+
+
+def grade(bench: Bench, folder: Path, seed: int) -> dict[str, float | None]:
+    """Return KL divergence and mean chance-corrected retention of a checkpoint."""
+    child = load_checkpoint(folder)
+    divergence = measure_divergence(bench.parent.model, child, bench.tokens("heldout", _HELDOUT_TOKENS, seed))
+    results = evaluate_checkpoint(folder, bench.skills, bench.profile.accuracy, bench.profile.corpus, bench.out / "tasks")
+    kept = mean_retention(retention(bench.parent_results, results))
+    return {"kl": divergence.kl.mean, "kl_stderr": divergence.kl.stderr, "retention": kept.value, "retention_stderr": kept.stderr}
+
+
+def run_arm(bench: Bench, cache: ActivationCache, arm: Arm, seed: int) -> dict[str, Any]:
+    """Return the arm's row: what it picked, what that scores before and after GKD."""
+    started = time.perf_counter()
+    pieces, scores = build_library(bench, cache, arm, seed)
+    solution = select(bench, arm, scores, seed)
+    folder = bench.out / f"child-{seed}-{ARMS.index(arm)}"
+    assemble_child(bench.parent, solution.architecture, pieces, folder)
+    rows = bench.tokens("uptrain", bench.uptrain_tokens, seed)
+    healed = folder.with_name(folder.name + "-gkd")
+    uptrain_child(
+        bench.parent, folder, rows, bench.profile.uptrain, healed, compute_dtype=bench.profile.dtype, work_folder=bench.out / "work"
+    )
+    return {
+        "seed": seed,
+        "arm": arm.name,
+        "blocks": [b.name for b in solution.architecture],
+        "batch": solution.batch,
+        "summed_score": solution.objective,
+        "predicted": solution.predicted,
+        "parameters": num_parameters(load_checkpoint(folder)),
+        "before_gkd": grade(bench, folder, seed),
+        "after_gkd": grade(bench, healed, seed),
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Print a Markdown table of means and standard deviations over the seeds, and ratios to the first arm."""
+
+    def cell(arm: str, stage: str, key: str, percent: bool) -> tuple[str, float]:
+        values = [r[stage][key] for r in rows if r["arm"] == arm]
+        mean, spread = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else math.nan
+        return (f"{mean:.1%} ± {spread:.1%}" if percent else f"{mean:.3f} ± {spread:.3f}"), mean
+
+    print("| arm | KL, no GKD | KL, GKD | KL, ratio to the first | retention, no GKD | retention, GKD | seeds |")
+    print("|---|---|---|---|---|---|---|")
+    first = cell(ARMS[0].name, "after_gkd", "kl", False)[1]
+    for arm in ARMS:
+        num_seeds = sum(r["arm"] == arm.name for r in rows)
+        if num_seeds:
+            kl, healed_kl = cell(arm.name, "before_gkd", "kl", False)[0], cell(arm.name, "after_gkd", "kl", False)
+            kept, healed = cell(arm.name, "before_gkd", "retention", True)[0], cell(arm.name, "after_gkd", "retention", True)[0]
+            print(f"| {arm.name} | {kl} | {healed_kl[0]} | {healed_kl[1] / first:.2f} | {kept} | {healed} | {num_seeds} |")
+
+
+def prepare(args: argparse.Namespace) -> Bench:
+    """Load the parent, measure the target's costs, grade the parent."""
+    conf = Path("conf")
+    profile, scenario = read_profile(conf, args.profile), read_scenario(conf, args.scenario)
+    budgets = {"activations": args.activation_tokens, "scores": args.score_tokens}
+    profile = profile.model_copy(
+        update={
+            "tokens": profile.tokens.model_copy(update=budgets),
+            "library": profile.library.model_copy(update={"num_tokens": args.activation_tokens}),
+            "accuracy": profile.accuracy.model_copy(update={"num_items": args.items}),
+        }
+    )
+    parent, store = load_parent(profile.parent, Path()), ArtifactStore(args.store)
+    spaces = [
+        resolve_space(
+            profile.search_space,
+            layer=layer,
+            num_layers=parent.num_layers,
+            kv_heads=parent.kv_heads,
+            intermediate_size=parent.intermediate_size,
+        )
+        for layer in range(parent.num_layers)
+    ]
+    target = read_target(conf, scenario.target)
+    table = measure_target(parent.config, parent.block, target, *variant_union(spaces), store)
+    costs = {target.name: table.to_piece_costs(parent.config)}
+    bench = Bench(profile, scenario, parent, spaces, costs, store, args.out, args.uptrain_tokens, [])
+    tasks = args.out / "tasks"
+    bench.parent_results = evaluate_model(parent.model, parent.tokenizer, bench.skills, profile.accuracy, profile.corpus, tasks)
+    return bench
+
+
+def main() -> None:
+    """Run what is missing, then print the table."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="quality")
+    parser.add_argument("--scenario", default="throughput-1.5x-quality")
+    parser.add_argument("--out", type=Path, default=Path("var/ablation"))
+    parser.add_argument("--store", type=Path, default=Path("var/store"), help="artifact store; the workflow's own by default")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--activation-tokens", type=int, default=65_536)
+    parser.add_argument("--score-tokens", type=int, default=8_192)
+    parser.add_argument("--uptrain-tokens", type=int, default=131_072)
+    parser.add_argument("--items", type=int, default=500, help="items a skill")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {(r["seed"], r["arm"]) for r in rows}
+    bench = prepare(args)
+    for seed in range(args.seeds):
+        wanted = [arm for arm in ARMS if (seed, arm.name) not in done]
+        cache = collect(bench, seed) if wanted else None
+        for arm in wanted:
+            assert cache is not None
+            rows.append(run_arm(bench, cache, arm, seed))
+            with path.open("a") as f:
+                f.write(json.dumps(rows[-1]) + "\n")
+            log.info("seed %d, %s: after GKD %s, %.0f s", seed, arm.name, rows[-1]["after_gkd"], rows[-1]["seconds"])
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

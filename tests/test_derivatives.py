@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from puzzle_dag.library.derivatives import CausalAttention, GatedFeedForward, training_attention
+from puzzle_dag.library.derivatives import CausalAttention, training_attention
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -44,34 +44,3 @@ def test_training_attention_groups_heads_as_pytorch_does(masked: bool) -> None:
     repeated = key.repeat_interleave(4, dim=1), value.repeat_interleave(4, dim=1)
     expected = functional.scaled_dot_product_attention(query, *repeated, attn_mask=mask, is_causal=not masked, scale=0.3)
     torch.testing.assert_close(output, expected.transpose(1, 2))
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.015)])
-@pytest.mark.parametrize("with_biases", [False, True])
-def test_gated_feed_forward_equals_autograd_through_its_definition(with_biases: bool, dtype: torch.dtype, tolerance: float) -> None:
-    torch.manual_seed(0)
-    x, gate, up, down = torch.randn(50, 16), torch.randn(24, 16) / 4, torch.randn(24, 16) / 4, torch.randn(16, 24) / 4
-    biases = (torch.randn(24), torch.randn(24), torch.randn(16)) if with_biases else ()
-    inputs = [t.to(dtype).requires_grad_() for t in (x, gate, up, down, *biases)]
-    gradient = torch.randn(50, 16).to(dtype)
-    transposed = inputs[0].detach().T.contiguous()
-    padded = inputs[4:] if with_biases else [None] * 3
-    output = GatedFeedForward.apply(inputs[0], transposed, *inputs[1:4], *padded)
-    output.backward(gradient)
-    exact = [t.detach().double().requires_grad_() for t in inputs]
-    b = exact[4:] if with_biases else [None] * 3
-    hidden = functional.silu(functional.linear(exact[0], exact[1], b[0])) * functional.linear(exact[0], exact[2], b[1])
-    expected = functional.linear(hidden, exact[3], b[2])
-    expected.backward(gradient.double())
-    assert relative_error(output, expected) < tolerance
-    for ours, theirs in zip(inputs, exact, strict=True):
-        assert ours.grad is not None and theirs.grad is not None
-        assert relative_error(ours.grad, theirs.grad) < tolerance
-
-
-def test_only_what_is_asked_for_is_computed() -> None:
-    x = torch.randn(5, 8, requires_grad=True)
-    frozen = torch.randn(12, 8), torch.randn(12, 8), torch.randn(8, 12)
-    output = GatedFeedForward.apply(x, None, *frozen, None, None, None)
-    output.sum().backward()  # needs no transposed copy of x
-    assert x.grad is not None and all(weight.grad is None for weight in frozen)

@@ -6,7 +6,6 @@ nothing, and the normed input of a place is computed once for all of its variant
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -59,7 +58,7 @@ def build_subblock(config: PuzzleDagConfig, layer: int, variant: Variant, state:
     return module
 
 
-@dataclass
+@dataclass(slots=True)
 class BlockStates:
     """What the parent's layer computes for a batch of rows, each [rows, row_length, hidden]."""
 
@@ -73,11 +72,6 @@ class BlockStates:
     """Normed input of the FFN."""
     ffn_output: Tensor
     """Output of the FFN, residual not included."""
-
-    @cached_property
-    def ffn_input_transposed(self) -> Tensor:
-        """`ffn_input` as a contiguous [hidden, rows * row_length]."""
-        return self.ffn_input.flatten(0, 1).T.contiguous()
 
     def output_squares(self) -> Tensor:
         """Return the sum of squares of the block's output, residual included: what normalises the loss (float32)."""

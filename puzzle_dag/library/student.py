@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from puzzle_dag.library.block import BlockStates, ParentLayer, Variant, piece_state, place_of, subblock_state
-from puzzle_dag.library.derivatives import feed_forward, use_training_attention
+from puzzle_dag.library.derivatives import use_training_attention
 from puzzle_dag.model.modeling_puzzle_dag import GroupedQueryAttention
 
 _WARMUP_SHARE = 0.1
@@ -46,10 +46,10 @@ class Student:
     def _outputs(self, states: BlockStates) -> tuple[list[Tensor], Tensor]:
         """Return what depends on the variant's weights, and the sum of these less that of the parent's."""
         if self.place == "ffn":
-            output = feed_forward(self.module, states.ffn_input, states.ffn_input_transposed)
+            output = self.layer.feed(self.module, states.ffn_input)
             return [output], output.detach() - states.ffn_output
         attention_output = self.layer.attend(self.module, states.attention_input)
-        ffn_output = feed_forward(self.layer.ffn, self.layer.norms["ffn"](states.hidden + attention_output))
+        ffn_output = self.layer.feed(self.layer.ffn, self.layer.norms["ffn"](states.hidden + attention_output))
         difference = (attention_output.detach() - states.attention_output) + (ffn_output.detach() - states.ffn_output)
         return [attention_output, ffn_output], difference
 

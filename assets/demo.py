@@ -52,7 +52,7 @@ def run_demo(root: Path, profile: str, say: Callable[[str], None]) -> RefreshRec
     plan, workspace = make_plan(root, profile), Workspace(root=str(root), profile=profile)
     facts = [f for f in (scenario_facts(plan, workspace, name) for name in plan.profile.scenarios) if f is not None]
     machine, stages = describe_machine(), stage_seconds(plan, workspace)
-    results = results_table(plan, workspace, facts)
+    results = results_table(workspace, facts)
     say("")
     if facts:
         say(text_table(results.header, results.rows))
@@ -63,5 +63,7 @@ def run_demo(root: Path, profile: str, say: Callable[[str], None]) -> RefreshRec
     footer = f"commit {read_commit(root)}; {machine['hardware']}; {machine['engine']}"
     if facts:
         say(f"report: {write_reports(plan, workspace, facts, machine=machine, footer=footer)}")
+    for check in record.failed_checks:
+        say(f"check {check} did not pass")
     say(f"this refresh: {len(record.ran)} materialized, {len(record.of('failed'))} failed, {format_seconds(record.seconds)}")
     return record

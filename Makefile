@@ -16,8 +16,9 @@ setup:  ## create .venv and install, or do nothing where that is done
 demo: setup  ## the whole DAG on the bundled parent, then the table of results
 	@$(BIN)/python -m assets demo --profile tiny
 
-quality: setup  ## the long run: larger search space and budgets, resumable
+quality: setup  ## the long run: larger search space and budgets, then the ablation; resumable
 	@$(BIN)/python -m assets demo --profile quality
+	@$(BIN)/python benchmarks/ablation.py
 
 refresh: setup  ## bring everything that is stale up to date
 	@$(BIN)/python -m assets refresh --profile $(PROFILE)

@@ -5,7 +5,7 @@ closed form; greedy, largest-parameters and random choices from that same librar
 a library without block-wise distillation (BLD); and both again from the paper's initialisations. Everything else is
 equal: the cost table, the tokens, the settings. A seed changes the tokens of every stage and the order of training.
 
-    python benchmarks/ablation.py --profile quality --scenario throughput-1.5x-quality --out var/ablation
+    python benchmarks/ablation.py --profile tiny --scenario throughput-1.5x --out var/ablation
 
 Resumable: finished rows in OUT/rows.jsonl are not computed again. Needs the target's costs, which it measures (or
 finds in the store of earlier runs). Prints a table of means over the seeds and each arm's ratio to the first arm.
@@ -222,8 +222,8 @@ def main() -> None:
     """Run what is missing, then print the table."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", default="quality")
-    parser.add_argument("--scenario", default="throughput-1.5x-quality")
+    parser.add_argument("--profile", default="tiny")
+    parser.add_argument("--scenario", default="throughput-1.5x")
     parser.add_argument("--out", type=Path, default=Path("var/ablation"))
     parser.add_argument("--store", type=Path, default=Path("var/store"), help="artifact store; the workflow's own by default")
     parser.add_argument("--seeds", type=int, default=3)

@@ -54,7 +54,7 @@ def largest_parameters_solution(scores: ScoreTable, costs: Mapping[str, PieceCos
 
     def pick(candidates: Candidates, limits: Sequence[Limit], values: Floats) -> Outcome:
         own = target_costs(scenario.target, costs)
-        sizes = candidates.sums(make_measure("parameters", own, own.batch_sizes[0]))
+        sizes = candidates.amounts(make_measure("parameters", own, own.batch_sizes[0]))
         return minimise(candidates.program(limits), -sizes, is_met=candidates.meets(limits))
 
     return _best_of_batches(scores, costs, scenario, parent_block, pick, notes={"method": "largest_parameters"}, by_score=False)

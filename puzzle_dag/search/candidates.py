@@ -1,7 +1,7 @@
 """The candidates of a search: every scored block of every layer, and the integer program over them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 import numpy as np
@@ -21,7 +21,10 @@ ScoreTable = Sequence[Sequence[BlockScore]]
 class Candidates:
     """Scored blocks, flat over the layers, in the order of the program's items.
 
-    `attention_pieces` and `ffn_pieces` say, for each candidate, which of `pieces` it is made of.
+    `different_from` holds architectures and the number of layers that an answer must differ from each in;
+    `max_distinct` is how many different blocks it may have. `attention_pieces` and `ffn_pieces` say, for each
+    candidate, which of `pieces` it is made of. `known_sums` keeps what `amounts` has worked out, for the bounds of a
+    sweep differ while the sums stay.
     """
 
     scores: tuple[BlockScore, ...]
@@ -31,6 +34,10 @@ class Candidates:
     pieces: tuple[tuple[int, Place, str], ...]
     attention_pieces: Indices
     ffn_pieces: Indices
+    parent_lm_loss: tuple[float, ...]
+    different_from: tuple[tuple[Architecture, int], ...] = ()
+    max_distinct: int | None = None
+    known_sums: dict[tuple[str, str, str, int, int], Floats] = field(default_factory=dict, compare=False)
 
     @staticmethod
     def of(table: ScoreTable, parent_block: Block) -> "Candidates":
@@ -52,7 +59,26 @@ class Candidates:
             tuple(index),
             np.array([index[p] for p in attentions]),
             np.array([index[p] for p in ffns]),
+            tuple(next(s.lm_loss for s in scores if s.block == parent_block.name) for scores in table),
         )
+
+    def restricted(self, kept: Sequence[int], *, max_distinct: int | None) -> "Candidates":
+        """Return only the given candidates, of which an answer may have `max_distinct` different blocks."""
+        indices = list(kept)
+        return replace(
+            self,
+            scores=tuple(self.scores[i] for i in indices),
+            blocks=tuple(self.blocks[i] for i in indices),
+            items=tuple(self.items[i] for i in indices),
+            attention_pieces=self.attention_pieces[indices],
+            ffn_pieces=self.ffn_pieces[indices],
+            max_distinct=max_distinct,
+            known_sums={},
+        )
+
+    def differing(self, architecture: Architecture, num_layers: int) -> "Candidates":
+        """Return the same candidates, with an answer that must differ from `architecture` in `num_layers` or more."""
+        return replace(self, different_from=(*self.different_from, (architecture, num_layers)))
 
     @property
     def num_layers(self) -> int:
@@ -69,15 +95,25 @@ class Candidates:
             return np.array([s.kl for s in self.scores])
         if objective.minimize == "top1_loss":
             return np.array([1.0 - s.top1_agreement for s in self.scores])
-        own = {s.layer: s.lm_loss for s, b in zip(self.scores, self.blocks, strict=True) if b == self.parent[s.layer]}
-        return np.array([s.lm_loss - own[s.layer] for s in self.scores])
+        return np.array([s.lm_loss - self.parent_lm_loss[s.layer] for s in self.scores])
 
-    def sums(self, measure: Measure) -> Floats:
+    def sums(self, limit: Limit) -> Floats:
+        """Return what each candidate adds to the sum behind a limit."""
+        return self.amounts(limit.measure)
+
+    def total(self, limit: Limit, chosen: Sequence[int]) -> Fraction:
+        """Return the exact sum behind a limit for chosen items."""
+        return limit.measure.total(self.architecture(chosen))
+
+    def amounts(self, measure: Measure) -> Floats:
         """Return what each candidate adds to the sum behind a measure, as floats."""
         if measure.name == "num_attention_layers":
             return np.array([float(block.attention.kind == "gqa") for block in self.blocks])
-        amounts = np.array([float(measure.amount(measure.costs.of_piece(*piece))) for piece in self.pieces])
-        return np.asarray(amounts[self.attention_pieces] + amounts[self.ffn_pieces])
+        key = (measure.name, measure.costs.target, measure.costs.digest, measure.batch, measure.length)
+        if key not in self.known_sums:
+            amounts = np.array([float(measure.amount(measure.costs.of_piece(*piece))) for piece in self.pieces])
+            self.known_sums[key] = amounts[self.attention_pieces] + amounts[self.ffn_pieces]
+        return self.known_sums[key]
 
     def row(self, limit: Limit) -> Row:
         """Return a limit as a row of the program."""
@@ -85,14 +121,18 @@ class Candidates:
         constant = limit.measure.constant
         return Row(
             limit.name,
-            self.sums(limit.measure),
+            self.sums(limit),
             -np.inf if lower is None else float(lower - constant),
             np.inf if upper is None else float(upper - constant),
         )
 
     def program(self, limits: Sequence[Limit]) -> Program:
-        """Return the program that these limits make."""
-        return Program(self.num_layers, self.items, tuple(self.row(limit) for limit in limits))
+        """Return the program that these limits and the structure make."""
+        rows = [self.row(limit) for limit in limits]
+        for architecture, least in self.different_from:
+            same = [float(b == architecture[s.layer]) for s, b in zip(self.scores, self.blocks, strict=True)]
+            rows.append(Row("difference", np.array(same), upper=self.num_layers - least))
+        return Program(self.num_layers, self.items, tuple(rows), self.max_distinct)
 
     def architecture(self, chosen: Sequence[int]) -> Architecture:
         """Return the architecture of chosen items."""
@@ -103,8 +143,7 @@ class Candidates:
         """Return the check that a choice meets the limits in exact arithmetic."""
 
         def is_met(chosen: tuple[int, ...]) -> bool:
-            architecture = self.architecture(chosen)
-            return all(limit.is_met(limit.measure.total(architecture)) for limit in limits)
+            return all(limit.is_met(self.total(limit, chosen)) for limit in limits)
 
         return is_met
 

@@ -1,22 +1,86 @@
 """Why a scenario can't be met: a smallest set of conflicting constraints, and how near one can come."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
-from puzzle_dag.search.candidates import Candidates
-from puzzle_dag.search.limits import Limit, ScenarioError
-from puzzle_dag.search.program import Outcome, minimise
+from puzzle_dag.search.limits import ScenarioError
+from puzzle_dag.search.program import Floats, Item, Outcome, Program, minimise
+
+
+class Bounded(Protocol):
+    """A quantity with bounds, as `limits.Limit` is one: the quantity follows from a sum over the chosen items."""
+
+    @property
+    def name(self) -> str:
+        """The constraint's name."""
+        ...
+
+    @property
+    def at_least(self) -> Fraction | None:
+        """Lower bound of the quantity."""
+        ...
+
+    @property
+    def at_most(self) -> Fraction | None:
+        """Upper bound of the quantity."""
+        ...
+
+    def sum_bounds(self) -> tuple[Fraction | None, Fraction | None]:
+        """Return the bounds of the sum."""
+        ...
+
+    def with_sum_bounds(self, *, lower: bool, upper: bool) -> Self:
+        """Keep only the named bounds of the sum."""
+        ...
+
+    def value(self, total: Fraction) -> Fraction | float:
+        """Return the quantity that a sum stands for."""
+        ...
+
+    def describe(self) -> str:
+        """Return the constraint in words."""
+        ...
+
+
+LimitT = TypeVar("LimitT", bound=Bounded)
+_LimitIn = TypeVar("_LimitIn", bound=Bounded, contravariant=True)
+
+
+class Searchable(Protocol[_LimitIn]):
+    """What is searched, as `candidates.Candidates` is one."""
+
+    @property
+    def items(self) -> Sequence[Item]:
+        """The choices."""
+        ...
+
+    def program(self, limits: Sequence[_LimitIn]) -> Program:
+        """Return the program that these limits make."""
+        ...
+
+    def meets(self, limits: Sequence[_LimitIn]) -> Callable[[tuple[int, ...]], bool]:
+        """Return the exact check of a choice."""
+        ...
+
+    def sums(self, limit: _LimitIn) -> Floats:
+        """Return what each item adds to the sum behind a limit."""
+        ...
+
+    def total(self, limit: _LimitIn, chosen: Sequence[int]) -> Fraction:
+        """Return the exact sum of a choice."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
-class Nearest:
+class Nearest(Generic[LimitT]):
     """The best value that a constraint's quantity can take while others are met."""
 
-    limit: Limit
+    limit: LimitT
     value: float
     others: tuple[str, ...]
 
@@ -31,21 +95,23 @@ class InfeasibleScenarioError(ScenarioError):
     """No architecture meets a scenario's constraints.
 
     Attributes:
-        constraint: the constraint that comes nearest to being met.
+        constraint: the constraint that comes nearest to being met; None where the structure alone allows nothing.
         best_value: the best that it can be while the others are met, in its own unit.
         batch: the batch size at which that is.
         conflicting: a smallest set of constraints that can't be met together at that batch size.
         nearest: best reachable value of each constraint in `conflicting`, the others met.
     """
 
-    def __init__(self, scenario: str, batch: int, conflict: Sequence[Limit], nearest: Sequence[Nearest]) -> None:
-        closest = min(nearest, key=lambda n: n.shortfall)
-        self.constraint: str = closest.limit.name
-        self.best_value = closest.value
+    def __init__(self, scenario: str, batch: int, conflict: Sequence[LimitT], nearest: Sequence[Nearest[LimitT]]) -> None:
+        closest = min(nearest, key=lambda n: n.shortfall, default=None)
+        self.constraint: str | None = None if closest is None else closest.limit.name
+        self.best_value: float | None = None if closest is None else closest.value
         self.batch = batch
         self.conflicting: tuple[str, ...] = tuple(limit.name for limit in conflict)
         self.nearest: Mapping[str, float] = {n.limit.name: n.value for n in nearest}
         lines = [f"scenario {scenario}: no architecture meets it, at any batch size; the nearest is batch {batch}."]
+        if not nearest:
+            lines = [f"scenario {scenario}: its structure (fixed, forbidden or counted blocks, difference) allows no architecture."]
         for n in sorted(nearest, key=lambda n: n.shortfall):
             met = f" with {', '.join(n.others)} met" if n.others else ""
             lines.append(f"{n.limit.describe()} can't be met: the best value{met} is {n.value:.6g}.")
@@ -54,55 +120,64 @@ class InfeasibleScenarioError(ScenarioError):
         super().__init__(" ".join(lines))
 
 
-def _solve(candidates: Candidates, limits: Sequence[Limit], costs: np.ndarray) -> Outcome:
+def _solve(candidates: Searchable[LimitT], limits: Sequence[LimitT], costs: Floats) -> Outcome:
     return minimise(candidates.program(limits), costs, is_met=candidates.meets(limits))
 
 
-def is_feasible(candidates: Candidates, limits: Sequence[Limit]) -> bool:
-    """Say whether any architecture meets the limits."""
+def is_feasible(candidates: Searchable[LimitT], limits: Sequence[LimitT]) -> bool:
+    """Say whether any choice meets the limits."""
     return bool(_solve(candidates, limits, np.zeros(len(candidates.items))).chosen)
 
 
-def smallest_conflict(candidates: Candidates, limits: Sequence[Limit]) -> tuple[Limit, ...]:
-    """Return a smallest subset of the limits that can't be met together; empty where they can."""
-    for size in range(1, len(limits) + 1):
+def smallest_conflict(candidates: Searchable[LimitT], limits: Sequence[LimitT]) -> tuple[LimitT, ...]:
+    """Return a smallest subset of the limits that can't be met together; empty where they can, or where even none can."""
+    for size in range(len(limits) + 1):
         for subset in combinations(limits, size):
             if not is_feasible(candidates, subset):
                 return subset
     return ()
 
 
-def nearest_value(candidates: Candidates, limit: Limit, others: Sequence[Limit]) -> float | None:
+def nearest_value(candidates: Searchable[LimitT], limit: LimitT, others: Sequence[LimitT]) -> float | None:
     """Return the value nearest to a limit's bounds that can be reached while `others` are met, None where they can't.
 
     The quantity alone is optimised: towards its one bound, or, with two bounds, from below and from above.
     """
     lower, upper = limit.sum_bounds()
-    sums, reached = candidates.sums(limit.measure), list[Fraction]()
-    if upper is not None:
-        above = Limit(limit.measure, None, None) if lower is None else _bounded(limit, at_least=True)
-        reached += _least(candidates, sums, above, others, sign=1)
-    if lower is not None:
-        below = Limit(limit.measure, None, None) if upper is None else _bounded(limit, at_least=False)
-        reached += _least(candidates, sums, below, others, sign=-1)
+    sums, reached = candidates.sums(limit), list[Fraction]()
+    for sign, bound, other in ((1, upper, lower), (-1, lower, upper)):
+        if bound is None:
+            continue
+        own = [] if other is None else [limit.with_sum_bounds(lower=sign > 0, upper=sign < 0)]
+        if chosen := _solve(candidates, [*others, *own], sign * sums).chosen:
+            reached.append(candidates.total(limit, chosen))
     if not reached:
         return None
     nearest = min(reached, key=lambda total: min(abs(total - b) for b in (lower, upper) if b is not None))
-    return float(limit.measure.value(nearest))
+    return float(limit.value(nearest))
 
 
-def _bounded(limit: Limit, *, at_least: bool) -> Limit:
-    """Keep one of the two bounds of the sum: the lower (`at_least`) or the upper."""
-    keeps_lower_value = at_least != limit.measure.is_rate
-    return Limit(limit.measure, limit.at_least if keeps_lower_value else None, None if keeps_lower_value else limit.at_most)
+def explain_conflict(
+    candidates: Searchable[LimitT], limits: Sequence[LimitT]
+) -> tuple[tuple[LimitT, ...], list[Nearest[LimitT]]]:
+    """Return a smallest conflicting set of limits that can't all be met, and how near each of its members can come.
+
+    Each member is optimised with all other limits met, or, where these conflict as well, with the others of the set.
+    """
+    conflict = smallest_conflict(candidates, limits)
+    nearest = []
+    for limit in conflict:
+        others = [other for other in limits if other is not limit]
+        value = nearest_value(candidates, limit, others)
+        if value is None:
+            others = [other for other in conflict if other is not limit]
+            value = nearest_value(candidates, limit, others)
+        assert value is not None, "a smallest conflict without one of its members can be met"
+        nearest.append(Nearest(limit, value, tuple(other.name for other in others)))
+    return conflict, nearest
 
 
-def _least(candidates: Candidates, sums: np.ndarray, own: Limit, others: Sequence[Limit], *, sign: int) -> list[Fraction]:
-    outcome = _solve(candidates, [*others, own] if own.sum_bounds() != (None, None) else others, sign * sums)
-    return [own.measure.total(candidates.architecture(outcome.chosen))] if outcome.chosen else []
-
-
-def explain(scenario: str, candidates: Candidates, limits: Mapping[int, Sequence[Limit]]) -> InfeasibleScenarioError:
+def explain(scenario: str, candidates: Searchable[LimitT], limits: Mapping[int, Sequence[LimitT]]) -> InfeasibleScenarioError:
     """Return the error of a scenario that is infeasible at every batch size, told at the batch size that comes nearest.
 
     Args:
@@ -110,22 +185,6 @@ def explain(scenario: str, candidates: Candidates, limits: Mapping[int, Sequence
         candidates: what was searched.
         limits: batch size -> the limits there.
     """
-    best: tuple[float, int, tuple[Limit, ...], list[Nearest]] | None = None
-    for batch, at_batch in limits.items():
-        conflict = smallest_conflict(candidates, at_batch)
-        nearest = []
-        for limit in conflict:
-            others = [other for other in at_batch if other is not limit]
-            value = nearest_value(candidates, limit, others)
-            if value is None:  # another conflict beside this one: within this one the others can be met
-                others = [other for other in conflict if other is not limit]
-                value = nearest_value(candidates, limit, others)
-            assert value is not None, "a smallest conflict without one of its members can be met"
-            nearest.append(Nearest(limit, value, tuple(other.name for other in others)))
-        shortfall = min(n.shortfall for n in nearest)
-        if best is None or shortfall < best[0]:
-            best = shortfall, batch, conflict, nearest
-    assert best is not None
-    return InfeasibleScenarioError(scenario, best[1], best[2], best[3])
-
-
+    explained = {batch: explain_conflict(candidates, at_batch) for batch, at_batch in limits.items()}
+    batch = min(explained, key=lambda b: min((n.shortfall for n in explained[b][1]), default=np.inf))
+    return InfeasibleScenarioError(scenario, batch, *explained[batch])

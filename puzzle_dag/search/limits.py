@@ -114,6 +114,16 @@ class Limit:
         work = self.measure.work
         return (None if self.at_most is None else work / self.at_most), (None if self.at_least is None else work / self.at_least)
 
+    def with_sum_bounds(self, *, lower: bool, upper: bool) -> "Limit":
+        """Keep only the named bounds of the sum (a rate's upper bound is the lower one of its time)."""
+        if self.measure.is_rate:
+            lower, upper = upper, lower
+        return Limit(self.measure, self.at_least if lower else None, self.at_most if upper else None)
+
+    def value(self, total: Fraction) -> Fraction | float:
+        """Return the quantity that a sum stands for."""
+        return self.measure.value(total)
+
     def is_met(self, total: Fraction) -> bool:
         """Say whether a sum lies within the bounds, exactly."""
         lower, upper = self.sum_bounds()

@@ -214,16 +214,22 @@ def _chosen(solver: highspy.Highs, kept: Indices, program: Program) -> tuple[int
     return tuple(sorted(chosen, key=lambda i: program.items[i].layers))
 
 
+def _least_per_layer(program: Program, costs: Floats) -> tuple[float, Floats]:
+    """Return the sum over the layers of the least cost a layer, and each item's part of it; infinite for a bare layer."""
+    counts = np.array([len(item.layers) for item in program.items])
+    layers = np.concatenate([item.layers for item in program.items]).astype(np.int64)
+    least = np.full(program.num_layers, np.inf)
+    np.minimum.at(least, layers, np.repeat(costs / counts, counts))
+    return float(least.sum()), np.add.reduceat(least[layers], np.r_[0, np.cumsum(counts)[:-1]])
+
+
 def _minimise_floats(program: Program, costs: Floats, deadline_s: float) -> Outcome:
     """Solve in floating point. The costs are shifted by each layer's least, so that only differences are rounded."""
     matrix, kept = _Matrix.of(program), drop_dominated(program, costs)
-    base = np.full(program.num_layers, np.inf)
-    per_layer = np.array([costs[i] / len(program.items[i].layers) for i in range(len(program.items))])
-    for index, item in enumerate(program.items):
-        base[list(item.layers)] = np.minimum(base[list(item.layers)], per_layer[index])
-    if not np.isfinite(base).all():
+    base, shifts = _least_per_layer(program, costs)
+    if not np.isfinite(base):
         return Outcome("infeasible")  # a layer that no item covers
-    shifted = costs - np.array([base[list(item.layers)].sum() for item in program.items])
+    shifted = costs - shifts
     scale = float(shifted[kept].max()) or 1.0
     relaxed = _run(matrix.model(kept, shifted / scale, integer=False), deadline_s - time.monotonic())
     if (state := _state(relaxed)) != "optimal":
@@ -240,15 +246,15 @@ def _minimise_floats(program: Program, costs: Floats, deadline_s: float) -> Outc
         state, info = _state(solver), solver.getInfo()
         found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
         if state == "time_limit":
-            return Outcome(state, _chosen(solver, part, program) if found else (), bound=least + float(base.sum()))
+            return Outcome(state, _chosen(solver, part, program) if found else (), bound=least + base)
         if state == "infeasible" and len(part) == len(kept):
             return Outcome(state)
         if state == "optimal":
             objective = info.objective_function_value * mip_scale
             bound = min(info.mip_dual_bound * mip_scale, objective)
             if len(part) == len(kept) or objective <= least + slack:
-                return Outcome(state, _chosen(solver, part, program), bound=bound + float(base.sum()))
-            slack = (objective - least) * (1 + 1e-9)
+                return Outcome(state, _chosen(solver, part, program), bound=bound + base)
+            slack = max(slack, objective - least) + _TOLERANCE * scale
         else:
             num_kept *= 4
             slack = float(np.sort(reduced)[num_kept]) if num_kept < len(kept) else np.inf

@@ -1,0 +1,133 @@
+"""Foreign libraries: brute force on small ones, the three file kinds, and errors that name what is wrong."""
+
+import json
+from fractions import Fraction
+from itertools import product
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from puzzle_dag.search.foreign import ForeignLibraryError, read_foreign_library, solve_foreign_library
+
+WIDE, NARROW = {"ms": 0.3, "mib": 5}, {"ms": 0.1, "mib": 2}
+LIBRARY = {
+    "layer_10": {"a": {"stats": WIDE, "metrics": {"kl": 0.0}}, "b": {"stats": NARROW, "metrics": {"kl": 0.5}}},
+    "layer_2": {"a": {"stats": WIDE, "metrics": {"kl": 0.0}}, "b": {"stats": NARROW, "metrics": {"kl": 0.2}}},
+}
+
+
+def total(library: dict[str, dict[str, dict[str, float]]], picks: dict[str, str], metric: str) -> Fraction:
+    return sum((Fraction(str(library[layer][variant][metric])) for layer, variant in picks.items()), Fraction(0))
+
+
+numbers = st.integers(0, 20).map(lambda n: n / 10)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=4), min_size=1, max_size=4),
+    numbers,
+    numbers,
+    st.integers(1, 3),
+    st.integers(1, 2),
+)
+def test_equals_brute_force(rows: list[list[tuple[float, float, float]]], ms: float, size: float, num: int, least: int) -> None:
+    """Decimal tenths, so that sums often touch a bound that binary sums would miss by a rounding."""
+    library = {str(i): {f"v{k}": dict(zip(("kl", "ms", "size"), v, strict=True)) for k, v in enumerate(row)} for i, row in enumerate(rows)}
+    least = min(least, len(rows))
+    answer = solve_foreign_library(
+        library, minimize="kl", at_most={"ms": ms}, at_least={"size": size}, num_solutions=num, min_different_layers=least
+    )
+    left = [dict(zip(library, picks, strict=True)) for picks in product(*library.values())]
+    left = [p for p in left if total(library, p, "ms") <= Fraction(str(ms)) and total(library, p, "size") >= Fraction(str(size))]
+    if not left:
+        assert answer["status"] == "infeasible"
+        assert answer["conflicting"]
+        return
+    answers = [answer] if num == 1 else answer["solutions"]
+    for found in answers:
+        assert found["status"] == "optimal"
+        assert found["gap"] <= 1e-6
+        assert found["objective"] == pytest.approx(float(min(total(library, p, "kl") for p in left)), abs=1e-12)
+        assert found["choices"] in left
+        assert found["costs"] == {m: float(total(library, found["choices"], m)) for m in ("ms", "size")}
+        left = [p for p in left if sum(p[i] != found["choices"][i] for i in p) >= least]
+    assert len(answers) == num or not left
+    json.dumps(answer, allow_nan=False)
+
+
+def test_dotted_paths_and_natural_order_of_layers() -> None:
+    answer = solve_foreign_library(LIBRARY, minimize="metrics.kl", at_most={"stats.ms": 0.4, "stats.mib": 70})
+    assert answer["choices"] == {"layer_2": "b", "layer_10": "a"}
+    assert list(answer["choices"]) == ["layer_2", "layer_10"]
+    assert answer["costs"] == {"stats.ms": 0.4, "stats.mib": 7.0}
+    assert (answer["status"], answer["objective"], answer["bound"], answer["gap"]) == ("optimal", 0.2, 0.2, 0.0)
+
+
+def test_what_conflicts_is_said_in_the_answer() -> None:
+    answer = solve_foreign_library(LIBRARY, minimize="metrics.kl", at_most={"stats.ms": 0.2}, at_least={"stats.mib": 8})
+    assert answer["status"] == "infeasible"
+    assert sorted(answer["conflicting"]) == ["stats.mib at least 8", "stats.ms at most 0.2"]
+    assert answer["nearest"]["stats.ms"]["value"] == pytest.approx(0.6)
+    assert answer["nearest"]["stats.mib"]["value"] == 4.0
+
+
+def test_json_csv_and_parquet_are_one_library(tmp_path: Path) -> None:
+    rows = [
+        {"layer": layer, "variant": variant, "metric": f"{group}.{name}", "value": float(value)}
+        for layer, variants in LIBRARY.items()
+        for variant, groups in variants.items()
+        for group, values in groups.items()
+        for name, value in values.items()
+    ]
+    (tmp_path / "l.json").write_text(json.dumps(LIBRARY))
+    lines = ["layer,variant,metric,value", *(f"{r['layer']},{r['variant']},{r['metric']},{r['value']}" for r in rows)]
+    (tmp_path / "l.csv").write_text("\n".join(lines))
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "l.parquet")
+    answers = [
+        solve_foreign_library(read_foreign_library(tmp_path / name), minimize="metrics.kl", at_most={"stats.ms": 0.4})
+        for name in ("l.json", "l.csv", "l.parquet")
+    ]
+    for answer in answers:
+        del answer["seconds"]
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("l.json", "[]", "no object"),
+        ("l.json", "{", "can't be read"),
+        ("l.csv", "layer,variant,metric\n1,a,x", "row 1: no 'value'; the columns are layer, variant, metric, value"),
+        ("l.csv", "layer,variant,metric,value\n1,a,x,much", "row 1: value 'much' is no number"),
+        ("l.txt", "", ".json, .csv or .parquet"),
+        ("missing.json", None, "can't be read"),
+    ],
+)
+def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ForeignLibraryError, match=message):
+        read_foreign_library(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("library", "arguments", "message"),
+    [
+        (LIBRARY, {"minimize": "metrics.k"}, r"'layer_2', variant 'a' has no number 'metrics.k'; did you mean 'metrics.kl'\?"),
+        (LIBRARY, {"minimize": "metrics.kl", "at_most": {"speed": 1.0}}, "no number 'speed'; it has metrics.kl, stats.mib, stats.ms"),
+        ({}, {"minimize": "x"}, "no layers"),
+        ({"0": {}}, {"minimize": "x"}, "layer '0' has no variants"),
+        ({"0": {"a": 3}}, {"minimize": "x"}, "variant 'a': 3 is no mapping"),
+        ({"0": {"a": {"x": "fast"}}}, {"minimize": "x"}, "x is 'fast'; it must be a finite number"),
+        ({"0": {"a": {"x": float("nan")}}}, {"minimize": "x"}, "x is nan; it must be a finite number"),
+        (LIBRARY, {"minimize": "metrics.kl", "num_solutions": 2, "min_different_layers": 3}, "give 1 or more, and 1 to 2"),
+    ],
+)
+def test_bad_libraries_and_names_are_refused(library: dict[str, object], arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ForeignLibraryError, match=message):
+        solve_foreign_library(library, **arguments)

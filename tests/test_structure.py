@@ -1,0 +1,168 @@
+"""Structure, pools and loosened bounds against brute force."""
+
+from fnmatch import fnmatchcase
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from search_instances import (
+    BATCHES,
+    PARENT,
+    SECONDS,
+    TABLE,
+    instances,
+    make_scenario,
+    meets,
+    plain_bounds,
+    plain_objective,
+    simple_costs,
+    simple_table,
+)
+
+from puzzle_dag.architecture import Architecture, Block
+from puzzle_dag.config import Scenario
+from puzzle_dag.piece_costs import PieceCosts
+from puzzle_dag.search.candidates import Candidates
+from puzzle_dag.search.infeasible import InfeasibleScenarioError
+from puzzle_dag.search.limits import ScenarioError
+from puzzle_dag.search.loosen import loosen_each
+from puzzle_dag.search.score import BlockScore
+from puzzle_dag.search.solve import solve_candidates, solve_scenario
+from puzzle_dag.search.structure import Structure, solve_pool
+
+Instance = tuple[list[list[BlockScore]], PieceCosts, Scenario]
+
+
+def feasible(instance: Instance) -> dict[Architecture, float]:
+    """Every architecture that meets the constraints at some batch size, with its objective; ScenarioError as the search."""
+    table, costs, scenario = instance
+    found = {}
+    for batch in BATCHES if scenario.batch_sizes == "all" else scenario.batch_sizes:
+        bounds = plain_bounds(scenario, costs, len(table), batch)
+        for picks in product(*table):
+            architecture = tuple(Block.parse(s.block) for s in picks)
+            if meets(costs, architecture, bounds):
+                found[architecture] = plain_objective(table, scenario.objective.minimize, picks)
+    return found
+
+
+def differences(first: Architecture, second: Architecture) -> int:
+    return sum(a != b for a, b in zip(first, second, strict=True))
+
+
+PATTERNS = ("kv4/*", "*/noop", "noop/*", "*/w64", "kv1/w32", "*")
+
+
+@st.composite
+def structures(draw: st.DrawFn) -> Structure:
+    return Structure(
+        fixed=draw(st.dictionaries(st.just(0), st.sampled_from(PATTERNS))),
+        forbidden=draw(st.dictionaries(st.sampled_from([None, 0]), st.lists(st.sampled_from(PATTERNS[:-1]), max_size=2))),
+        homogeneous=draw(st.integers(0, 5)) == 0,
+        max_distinct=draw(st.sampled_from([None, 1, 2])),
+        different_from=draw(st.sampled_from([(), (PARENT,)])),
+        min_different_layers=draw(st.integers(1, 3)),
+    )
+
+
+@settings(max_examples=250, deadline=None)
+@given(instances(), structures())
+def test_structure_equals_brute_force(instance: Instance, structure: Structure) -> None:
+    table, costs, scenario = instance
+    num_layers = len(table)
+    # `different_from` was drawn for one layer: stretch it over this instance's.
+    structure = Structure(
+        structure.fixed,
+        structure.forbidden,
+        structure.homogeneous,
+        structure.max_distinct,
+        tuple((PARENT,) * num_layers for _ in structure.different_from),
+        min(structure.min_different_layers, num_layers),
+    )
+
+    def fits(architecture: Architecture) -> bool:
+        names = [b.name for b in architecture]
+        for layer, name in enumerate(names):
+            bad = [*structure.forbidden.get(None, ()), *structure.forbidden.get(layer, ())]
+            if not fnmatchcase(name, structure.fixed.get(layer, "*")) or any(fnmatchcase(name, p) for p in bad):
+                return False
+        most = 1 if structure.homogeneous else structure.max_distinct or num_layers
+        far = all(differences(architecture, other) >= structure.min_different_layers for other in structure.different_from)
+        return len(set(names)) <= most and far
+
+    try:
+        values = [value for architecture, value in feasible(instance).items() if fits(architecture)]
+    except ScenarioError:
+        return
+    if not values:
+        with pytest.raises(ScenarioError):
+            solve_candidates(structure.apply(Candidates.of(table, PARENT)), {"t": costs}, scenario)
+        return
+    solution = solve_candidates(structure.apply(Candidates.of(table, PARENT)), {"t": costs}, scenario)
+    assert solution.objective == pytest.approx(min(values), abs=1e-9)
+    assert fits(solution.architecture)
+
+
+@settings(max_examples=80, deadline=None)
+@given(instances(), st.integers(1, 4), st.integers(1, 3))
+def test_a_pool_is_the_best_then_the_best_that_differs(instance: Instance, num_solutions: int, least: int) -> None:
+    table, costs, scenario = instance
+    least = min(least, len(table))
+    try:
+        left = feasible(instance)
+    except ScenarioError:
+        return
+    if not left:
+        with pytest.raises(InfeasibleScenarioError):
+            solve_pool(table, {"t": costs}, scenario, PARENT, num_solutions=num_solutions)
+        return
+    pool = solve_pool(table, {"t": costs}, scenario, PARENT, num_solutions=num_solutions, min_different_layers=least)
+    for solution in pool:
+        assert solution.objective == pytest.approx(min(left.values()), abs=1e-9)
+        left = {a: v for a, v in left.items() if differences(a, solution.architecture) >= least}
+    assert len(pool) == num_solutions or not left
+
+
+def test_homogeneous_takes_one_block_everywhere() -> None:
+    table, costs = simple_table(4, TABLE), {"t": simple_costs(4, seconds=SECONDS)}
+    scenario = make_scenario({"latency_s": {"at_most": 0.8, "relative_to": "parent"}})
+    candidates = Structure(homogeneous=True).apply(Candidates.of(table, PARENT))
+    assert {c.block for c in solve_candidates(candidates, costs, scenario).choices} == {"kv1/w64"}
+
+
+@pytest.mark.parametrize(
+    ("structure", "message"),
+    [
+        (Structure(fixed={7: "*"}), "layer 7 isn't there; the parent has layers 0 to 1"),
+        (Structure(fixed={1: "kv3/*"}), "no block is left for layer 1; it has kv4/w64"),
+        (Structure(max_distinct=0), "max_distinct is 0"),
+    ],
+)
+def test_a_structure_that_means_nothing_is_refused(structure: Structure, message: str) -> None:
+    with pytest.raises(ScenarioError, match=message):
+        structure.apply(Candidates.of(simple_table(2, TABLE), PARENT))
+
+
+def test_a_structure_that_allows_nothing_says_so() -> None:
+    structure = Structure(fixed={0: PARENT.name, 1: "noop/noop"}, homogeneous=True)
+    candidates = structure.apply(Candidates.of(simple_table(2, TABLE), PARENT))
+    with pytest.raises(InfeasibleScenarioError, match=r"structure .* allows no architecture") as raised:
+        solve_candidates(candidates, {"t": simple_costs(2, seconds=SECONDS)}, make_scenario({"latency_s": {"at_most": 90.0}}))
+    assert raised.value.constraint is None
+
+
+def test_loosening_tells_which_bound_binds_and_what_it_would_buy() -> None:
+    table, costs = simple_table(4, TABLE), {"t": simple_costs(4, seconds=SECONDS)}
+    scenario = make_scenario({"latency_s": {"at_most": 14.0}, "parameters": {"at_most": 1e6}, "kv_bytes_per_token": {"at_least": 1}})
+    solution = solve_scenario(table, costs, scenario, PARENT)
+    assert solution.objective == pytest.approx(0.3)  # 17 s for the parent; each kv1 saves 1 s
+    loosened = loosen_each(table, costs, scenario, PARENT, solution, share=0.1)
+    assert [(entry.constraint, entry.is_binding) for entry in loosened] == [
+        ("latency_s", True),
+        ("parameters", False),
+        ("kv_bytes_per_token", False),
+    ]
+    first = loosened[0]
+    assert (first.side, first.bound, first.loosened, first.change) == ("at_most", 14.0, pytest.approx(15.4), pytest.approx(1.4))
+    assert first.gain == pytest.approx(0.1)

@@ -131,7 +131,7 @@ def _solve_last_matrices(layer: ParentLayer, states: dict[Variant, State], cache
     for variant, state in states.items():
         name, sums = _last_matrix(variant) + ".weight", moments[variant]
         assert sums.gram is not None and sums.cross is not None
-        state[name] = ridge_weight(sums.gram.cpu(), sums.cross.cpu(), state[name]).float()
+        state[name] = ridge_weight(sums.gram, sums.cross, state[name].to(sums.gram.device)).float().cpu()
 
 
 def initialise_pieces(layer: ParentLayer, variants: Sequence[Variant], cache: ActivationCache, method: Method) -> dict[Variant, State]:

@@ -6,13 +6,15 @@ says which digest it was made from, so that is checked here and not believed.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from assets.plan import Plan
 from assets.served import constraint_rows, measured_constraints
-from puzzle_dag.report.pictures import FrontierPoint
 from puzzle_dag.store import fingerprint
 from resources.workspace import Workspace
+
+if TYPE_CHECKING:
+    from puzzle_dag.report.pictures import FrontierPoint
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +110,10 @@ def result_row(plan: Plan, workspace: Workspace, chain: Chain) -> dict[str, Any]
     }
 
 
-def frontier_points(rows: list[dict[str, Any]]) -> list[FrontierPoint]:
+def frontier_points(rows: list[dict[str, Any]]) -> "list[FrontierPoint]":
     """Return the parent and the children that were served and graded, speed-up against retention."""
+    from puzzle_dag.report.pictures import FrontierPoint
+
     points = [FrontierPoint("parent", 1.0, 1.0, "parent")]
     for row in rows:
         if row["measured_speedup"] is not None and row["retention"] is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 import dagster as dg
+from dagster._core.errors import DagsterAssetCheckFailedError
 
 from assets.plan import Plan
 from assets.staleness import Item, Staleness
@@ -184,6 +185,9 @@ class Refresh:
 
     def _execute(self, item: Item, reasons: list[str]) -> Outcome:
         start_s = time.perf_counter()
+        record = self._workspace.shelf.find(item.asset, item.partition)
+        if record is not None:
+            self._workspace.discard_damaged(record)
         for attempt in range(1, self._max_attempts + 1):
             try:
                 self._job.execute_in_process(
@@ -198,7 +202,7 @@ class Refresh:
             except Exception as error:
                 _LOG.warning("%s failed (attempt %d of %d)", item, attempt, self._max_attempts, exc_info=not isinstance(error, ValueError))
                 problem = f"{type(error).__name__}: {error}"
-                if isinstance(error, ValueError | dg.DagsterAssetCheckFailedError):
+                if isinstance(error, ValueError | DagsterAssetCheckFailedError):
                     break
         return Outcome(item, "failed", (problem,), time.perf_counter() - start_s)
 

@@ -1,6 +1,7 @@
 """Where everything of a checkout lies: what a person writes under conf/, what is made under var/."""
 
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +13,7 @@ from puzzle_dag.config import Profile, Scenario, Target, read_profile, read_scen
 from puzzle_dag.store import Artifact, ArtifactStore, fingerprint
 from resources.device import lease
 from resources.parents import load_parent_once
-from resources.shelf import Shelf
+from resources.shelf import Record, Shelf
 
 if TYPE_CHECKING:
     from puzzle_dag.model.parent import Parent
@@ -77,6 +78,14 @@ class Workspace(dg.ConfigurableResource):  # type: ignore[type-arg]
         profile = self.read_profile()
         version = self.shelf.find("parent")
         return load_parent_once(self.root_folder, profile.parent, version.data_version if version else "", dtype, profile.device)
+
+    def discard_damaged(self, record: Record) -> None:
+        """Take artifacts of which a file is missing or cut short out of the store, so that they are made again."""
+        for name, size in record.files.items():
+            path = (self.var / name).resolve()
+            if self.store.root.resolve() in path.parents and not (path.is_file() and path.stat().st_size == size):
+                kind, prefix, key = path.relative_to(self.store.root.resolve()).parts[:3]
+                shutil.rmtree(self.store.root / kind / prefix / key, ignore_errors=True)
 
     def keep(self, kind: str, inputs: Any, fill: Callable[[Path], tuple[str, dict[str, Any]]]) -> Artifact:
         """Return the artifact that `inputs` determine, making it where the store doesn't have it.

@@ -1,0 +1,182 @@
+"""What a refresh runs and what it leaves alone, on the real assets and a real Dagster instance; only the engine is arithmetic.
+
+The tests share one project, which each leaves up to date: an edit is made, and what ran must be what it called for.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from micro_project import Project, make_project
+from ticking_engine import TickingEngine
+
+LAYERS = ("L00", "L01")
+SCENARIOS = ("micro-small", "micro-light")
+AFTER_A_CHILD = ("uptrained_child", "accuracy", "serving")
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[TickingEngine]:
+    with pytest.MonkeyPatch.context() as patch:
+        found = TickingEngine()
+        found.install(patch)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def project(micro_parent_folder: Path, tmp_path_factory: pytest.TempPathFactory, engine: TickingEngine) -> Project:
+    """The micro profile, refreshed once; layer 0 has a width more than layer 1."""
+    made = make_project(tmp_path_factory.mktemp("staleness"), micro_parent_folder)
+    made.edit(made.profile_file, search_space__overrides={0: {"add_ffn": ["w32"]}})
+    record = made.refresh()
+    assert record.ok, [o for o in record.outcomes if o.state != "ran"]
+    return made
+
+
+@pytest.fixture(autouse=True)
+def up_to_date(project: Project, engine: TickingEngine) -> None:
+    engine.jobs.clear()
+
+
+def with_children(project: Project, before: dict[str, str]) -> set[str]:
+    """What follows the solutions that changed since `before`, by the solutions' own DataVersions."""
+    now = solutions(project)
+    changed = [s for s in SCENARIOS if now[s] != before[s]]
+    return {f"{asset}[{s}]" for s in changed for asset in ("child", *AFTER_A_CHILD)}
+
+
+def solutions(project: Project) -> dict[str, str]:
+    found = {s: project.workspace.shelf.find("solution", s) for s in SCENARIOS}
+    return {s: record.data_version for s, record in found.items() if record}
+
+
+def trained(project: Project, layer: str) -> list[str]:
+    return [f"{r['place']}/{r['variant']}" for r in project.workspace.shelf.value("block_library", layer)["reports"] if not r["was_cached"]]
+
+
+def test_everything_is_materialized_once(project: Project) -> None:
+    with project.instance() as instance:
+        runs = instance.get_runs()
+        assert all(run.is_success for run in runs)
+        assert len(runs) == len({(tuple(run.asset_selection or ()), run.tags.get("dagster/partition")) for run in runs})
+
+
+def test_nothing_changed_nothing_materializes(project: Project, engine: TickingEngine) -> None:
+    with project.instance() as instance:
+        before = instance.get_runs_count()
+    record = project.refresh()
+    with project.instance() as instance:
+        assert instance.get_runs_count() == before
+    assert (record.ran, record.ok, engine.jobs) == ([], True, [])
+
+
+def test_touched_files_and_reordered_keys_are_no_change(project: Project) -> None:
+    project.edit(project.profile_file)  # written anew: other order, no comments
+    (project.root / "parents" / "micro" / "config.json").touch()
+    assert project.refresh().ran == []
+
+
+def test_a_known_width_in_one_layer_runs_that_layer_and_measures_nothing(project: Project, engine: TickingEngine) -> None:
+    before = solutions(project)
+    project.edit(project.profile_file, search_space__overrides={0: {"add_ffn": ["w32"]}, 1: {"add_ffn": ["w32"]}})
+    record = project.refresh()
+    assert record.ok
+    expected = {"search_space[L01]", "block_library[L01]", "block_scores[L01]", "layer_group[G0]", "score_table", "tables"}
+    expected |= {f"solution[{s}]" for s in SCENARIOS}
+    followers = with_children(project, before)
+    assert set(record.ran) - {"frontier"} == expected | followers
+    assert trained(project, "L01") == ["ffn/w32"]
+    assert engine.probes == []
+
+
+def test_a_new_width_measures_only_its_own_probes(project: Project, engine: TickingEngine) -> None:
+    before, costs = solutions(project), project.workspace.shelf.value("block_costs", "micro-eager")
+    project.edit(project.profile_file, search_space__overrides={0: {"add_ffn": ["w32"]}, 1: {"add_ffn": ["w32", "w48"]}})
+    record = project.refresh()
+    assert record.ok
+    expected = {"search_space[L01]", "block_library[L01]", "block_scores[L01]", "layer_group[G0]", "score_table", "tables"}
+    expected |= {"cost_variants", "block_costs[micro-eager]", "cost_table"} | {f"solution[{s}]" for s in SCENARIOS}
+    assert set(record.ran) - {"frontier"} == expected | with_children(project, before)
+    assert trained(project, "L01") == ["ffn/w48"]
+    num_new = project.workspace.shelf.value("block_costs", "micro-eager")["num_engines"] - costs["num_engines"]
+    assert 0 < len(engine.probes) == num_new < costs["num_engines"]
+
+
+def test_a_constraint_runs_only_its_scenario(project: Project, engine: TickingEngine) -> None:
+    before = solutions(project)
+    file = project.root / "conf" / "scenarios" / "micro-light.yaml"
+    project.edit(file, constraints={"memory_bytes": {"at_most": 0.75, "relative_to": "parent", "at": {"batch": 2, "length": 20}}})
+    record = project.refresh()
+    assert record.ok and solutions(project)["micro-light"] != before["micro-light"]
+    chain = {f"{a}[micro-light]" for a in ("scenario_spec", "solution", "child", *AFTER_A_CHILD)}
+    assert set(record.ran) == chain | {"frontier", "tables"}
+    assert engine.probes == []
+
+
+def test_the_same_solution_rebuilds_no_child(project: Project, engine: TickingEngine) -> None:
+    before = solutions(project)
+    file = project.root / "conf" / "scenarios" / "micro-light.yaml"
+    project.edit(file, constraints={"memory_bytes": {"at_most": 0.750001, "relative_to": "parent", "at": {"batch": 2, "length": 20}}})
+    record = project.refresh()
+    assert solutions(project) == before
+    assert set(record.ran) == {"scenario_spec[micro-light]", "solution[micro-light]", "frontier", "tables"}
+    assert engine.jobs == []
+
+
+def test_a_budget_runs_the_healing_but_not_the_search(project: Project) -> None:
+    project.edit(project.root / "conf" / "scenarios" / "micro-light.yaml", uptrain={"tokens": 256})
+    ran = project.refresh().ran
+    assert "uptrained_child[micro-light]" in ran and not {"child[micro-light]", "uptrained_child[micro-small]"} & set(ran)
+
+
+def test_a_librarys_setting_runs_the_library_but_not_the_costs(project: Project, engine: TickingEngine) -> None:
+    project.edit(project.profile_file, library__learning_rate=0.002)
+    ran = project.refresh().ran
+    assert {f"block_library[{layer}]" for layer in LAYERS} <= set(ran)
+    assert not {"block_costs[micro-eager]", "parent_activations", "tokens", "search_space[L00]"} & set(ran)
+    assert engine.probes == []
+
+
+def test_a_deleted_artifact_is_found_and_made_again(project: Project) -> None:
+    pieces = project.workspace.shelf.value("block_library", "L00")["pieces"]["artifacts"]
+    folder = project.workspace.store.folder("piece", pieces["ffn/w64"]["key"])
+    (folder / "tensors.safetensors").unlink()
+    record = project.refresh()
+    assert record.ran == ["block_library[L00]"] and trained(project, "L00") == ["ffn/w64"]
+    assert (folder / "tensors.safetensors").is_file()
+
+
+def test_a_deleted_checkpoint_is_assembled_again(project: Project) -> None:
+    shutil.rmtree(project.workspace.store.folder("child", project.workspace.shelf.value("child", "micro-small")["key"]))
+    assert project.refresh().ran == ["child[micro-small]"]
+
+
+def test_a_deleted_record_is_written_again(project: Project) -> None:
+    project.workspace.shelf.path("score_table").unlink()
+    assert project.refresh().ran == ["score_table"]
+
+
+def test_a_removed_scenario_leaves_the_frontier(project: Project) -> None:
+    project.edit(project.profile_file, scenarios=["micro-small"])
+    assert set(project.refresh().ran) == {"frontier", "tables"}
+    assert [r["scenario"] for r in project.workspace.shelf.value("frontier")["rows"]] == ["micro-small"]
+    project.edit(project.profile_file, scenarios=list(SCENARIOS))
+    assert set(project.refresh().ran) == {"frontier", "tables"}  # what was known of it still holds
+
+
+def test_another_parent_makes_all_anew_but_not_the_costs(project: Project, engine: TickingEngine, save_parent) -> None:  # noqa: ANN001
+    other = save_parent("llama", rms_norm_eps=1e-5)
+    (project.root / "parents" / "micro" / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    assert project.refresh().ran == []  # the same seed, the same weights
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    file = project.root / "parents" / "micro" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"] += torch.full_like(tensors["lm_head.weight"], 1e-3) * tensors["lm_head.weight"].sign()
+    save_file(tensors, file, metadata={"format": "pt"})
+    record = project.refresh()
+    assert record.ok
+    assert {"parent", "tokens", "parent_activations", *(f"block_scores[{layer}]" for layer in LAYERS), "parent_accuracy"} <= set(record.ran)
+    assert not {"cost_variants", "block_costs[micro-eager]", "corpus"} & set(record.ran) and engine.probes == []

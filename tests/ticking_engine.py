@@ -1,0 +1,72 @@
+"""An engine whose times are arithmetic, for tests of what is measured and what is not; the real one has its own tests."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from puzzle_dag.engine.jobs import BatchTimes, EngineJob, EngineResult
+
+
+def _layer_seconds(config: dict[str, Any]) -> float:
+    """A microsecond a channel, ten a KV head; linear places cost five."""
+    layers = config.get("per_layer_config") or {}
+    total = 0.0
+    for index in range(config["num_hidden_layers"]):
+        layer = layers.get(str(index), {})
+        skip, linear = layer.get("skip") or [], layer.get("replace_with_linear") or []
+        heads = layer.get("num_key_value_heads", config["num_key_value_heads"])
+        width = layer.get("intermediate_size", config["intermediate_size"])
+        total += 0 if "attention" in skip else 5e-6 if "attention" in linear else heads * 1e-5
+        total += 0 if "mlp" in skip else 5e-6 if "mlp" in linear else width * 1e-6
+    return total
+
+
+@dataclass
+class TickingEngine:
+    """Takes the place of `run_engines` where it is called; `jobs` lists what was run."""
+
+    jobs: list[EngineJob] = field(default_factory=list)
+
+    @property
+    def probes(self) -> list[str]:
+        return [j.name for j in self.jobs if j.config is not None]
+
+    def run(
+        self,
+        jobs: Sequence[EngineJob],
+        *,
+        on_result: Callable[[EngineJob, EngineResult], None] | None = None,
+        progress: Callable[[int, int, str], None] = lambda *_: None,
+        **_: Any,
+    ) -> list[EngineResult]:
+        results = []
+        for job in jobs:
+            config = job.config or json.loads((Path(job.folder or "") / "config.json").read_text())
+            seconds, self.jobs = _layer_seconds(config), [*self.jobs, job]
+            batches = job.workload.batch_sizes
+            times = tuple(BatchTimes(b, (0.001 + seconds,) * 2, (0.002 + (2 + 0.1 * b + 0.001 * job.seed) * seconds,) * 2) for b in batches)
+            result = EngineResult(
+                name=job.name,
+                times=times,
+                weight_bytes=None if job.folder is None else 1000,
+                kv_bytes_per_token=100,
+                kv_capacity_tokens=1000,
+                peak_rss_bytes=1,
+                start_s=0.0,
+                engine_version="ticking 1",
+                hardware="test",
+                num_threads=1,
+            )
+            results.append(result)
+            if on_result is not None:
+                on_result(job, result)
+            progress(len(results), len(jobs), "engines")
+        return results
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr("puzzle_dag.costs.measure.run_engines", self.run)
+        patch.setattr("puzzle_dag.children.serve.run_engines", self.run)

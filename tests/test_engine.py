@@ -32,6 +32,12 @@ from puzzle_dag.store import ArtifactStore
 SETTINGS, WORKLOAD = EngineSettings(), Workload(input_length=8, output_length=4, batch_sizes=(1, 2), repeats=2)
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """Engines in tests use one thread: correctness is asked for, and the machine may be shared."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
 def make_target(**changes) -> Target:
     fields = {
         "version": 1, "name": "micro", "hardware": "local-cpu", "input_length": 32, "output_length": 4,

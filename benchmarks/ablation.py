@@ -31,7 +31,7 @@ from puzzle_dag.children.divergence import measure_divergence
 from puzzle_dag.children.evaluate import TaskResult, evaluate_checkpoint, evaluate_model
 from puzzle_dag.children.retention import mean_retention, retention
 from puzzle_dag.children.uptrain import uptrain_child
-from puzzle_dag.config import Profile, Scenario, read_profile, read_scenario, read_target, resolve_space
+from puzzle_dag.config import Profile, Scenario, read_profile, read_scenario, read_target
 from puzzle_dag.corpus.tokens import build_tokens
 from puzzle_dag.costs.measure import measure_target
 from puzzle_dag.library.activations import ActivationCache, collect_activations
@@ -40,6 +40,7 @@ from puzzle_dag.model.checkpoint import load_checkpoint
 from puzzle_dag.model.parent import Parent, load_parent
 from puzzle_dag.piece_costs import PieceCosts
 from puzzle_dag.pieces import LayerPieces
+from puzzle_dag.preflight import resolve_spaces
 from puzzle_dag.search.baselines import greedy_solution, largest_parameters_solution, random_solution
 from puzzle_dag.search.score import BlockScore, score_layer
 from puzzle_dag.search.solution import Solution
@@ -199,16 +200,7 @@ def prepare(args: argparse.Namespace) -> Bench:
         }
     )
     parent, store = load_parent(profile.parent, Path()), ArtifactStore(args.store)
-    spaces = [
-        resolve_space(
-            profile.search_space,
-            layer=layer,
-            num_layers=parent.num_layers,
-            kv_heads=parent.kv_heads,
-            intermediate_size=parent.intermediate_size,
-        )
-        for layer in range(parent.num_layers)
-    ]
+    spaces = resolve_spaces(profile, parent.config)
     target = read_target(conf, scenario.target)
     table = measure_target(parent.config, parent.block, target, *variant_union(spaces), store)
     costs = {target.name: table.to_piece_costs(parent.config)}

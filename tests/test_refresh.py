@@ -1,0 +1,210 @@
+"""How a refresh deals with failures, selections, failed checks and bad input, on the library's part of the graph."""
+
+import multiprocessing
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from micro_project import Project, make_project
+
+from assets.refresh import RefreshRecord
+from assets.scenarios import add_scenario
+from puzzle_dag.config import ConfigError
+from puzzle_dag.engine.client import VllmMissingError
+from puzzle_dag.library import build
+from puzzle_dag.preflight import DiskFullError
+from puzzle_dag.search import score
+from resources.device import lease
+from resources.shelf import RecordMissingError, Shelf
+
+FIRST = ("corpus", "parent", "search_space", "tokens", "parent_activations")
+LIBRARY = (*FIRST, "block_library", "block_scores", "layer_group", "score_table")
+
+
+@pytest.fixture(scope="module")
+def started(micro_parent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    made = make_project(tmp_path_factory.mktemp("refresh"), micro_parent_folder)
+    record = made.refresh(select=FIRST)
+    assert {o.item.asset for o in record.of("ran")} == set(FIRST)
+    return made
+
+
+def states(record: RefreshRecord, asset: str) -> list[str]:
+    return [o.state for o in record.outcomes if o.item.asset == asset]
+
+
+def failing(function: Callable[..., Any], error: Exception, times: int) -> tuple[Callable[..., Any], list[int]]:
+    calls: list[int] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) <= times:
+            raise error
+        return function(*args, **kwargs)
+
+    return run, calls
+
+
+def test_what_is_not_selected_keeps_what_follows_waiting(started: Project) -> None:
+    record = started.refresh(select=["block_scores"])
+    assert record.ran == [] and states(record, "block_library") == ["stale"] * 2
+    assert states(record, "block_scores") == ["waits"] * 2 and states(record, "score_table") == ["waits"]
+    assert "waits for block_library[L00]" in next(o for o in record.outcomes if str(o.item) == "block_scores[L00]").reasons[0]
+
+
+def test_a_dry_run_changes_nothing(started: Project) -> None:
+    with started.instance() as instance:
+        before = instance.get_runs_count()
+    record = started.refresh(dry=True)
+    assert record.ran == [] and states(record, "block_library") == ["stale"] * 2
+    with started.instance() as instance:
+        assert instance.get_runs_count() == before
+
+
+def test_a_failure_is_tried_again_but_not_for_ever(started: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = failing(build.build_layer, RuntimeError("out of luck"), times=100)
+    monkeypatch.setattr(build, "build_layer", run)
+    record = started.refresh(select=LIBRARY)
+    assert states(record, "block_library") == ["failed"] * 2 and len(calls) == 4
+    assert states(record, "block_scores") == ["waits"] * 2 and states(record, "layer_group") == ["waits"]
+    assert not record.ok and "out of luck" in record.of("failed")[0].reasons[0]
+
+
+def test_a_users_mistake_is_not_tried_again(started: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = failing(build.build_layer, ValueError("no such thing"), times=100)
+    monkeypatch.setattr(build, "build_layer", run)
+    assert states(started.refresh(select=LIBRARY), "block_library") == ["failed"] * 2 and len(calls) == 2
+
+
+def test_one_failure_is_got_over(started: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = failing(build.build_layer, RuntimeError("out of luck"), times=1)
+    monkeypatch.setattr(build, "build_layer", run)
+    record = started.refresh(select=[*FIRST, "block_library"])
+    assert record.ran == ["block_library[L00]", "block_library[L01]"] and len(calls) == 3
+
+
+def test_a_failed_blocking_check_stops_what_follows_until_it_passes(started: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    sound = score.score_layer
+
+    def unsound(*args: Any, **kwargs: Any) -> Any:
+        return [dataclasses.replace(s, kl=s.kl + 0.5) for s in sound(*args, **kwargs)]
+
+    started.refresh(select=[*FIRST, "block_library"])
+    with monkeypatch.context() as patch:
+        patch.setattr(score, "score_layer", unsound)
+        record = started.refresh(select=LIBRARY)
+        assert states(record, "layer_group") == ["waits"] and not record.ok
+        assert set(record.failed_checks) == {"block_scores[L00]: sound", "block_scores[L01]: sound"}
+    again = started.refresh(select=LIBRARY)
+    assert again.ran == [] and states(again, "layer_group") == ["waits"]
+    fixed = started.refresh(select=LIBRARY, remake=["block_scores"])
+    assert fixed.ran == ["block_scores[L00]", "block_scores[L01]", "layer_group[G0]", "score_table"]
+    assert not fixed.failed_checks
+
+
+def test_remake_takes_one_partition(started: Project) -> None:
+    started.refresh(select=LIBRARY)
+    assert started.refresh(select=LIBRARY, remake=["block_scores[L01]"]).ran == ["block_scores[L01]"]
+
+
+def test_an_unknown_asset_is_named(started: Project) -> None:
+    with pytest.raises(ValueError, match=r"no asset 'block_librry'.*block_library"):
+        started.refresh(select=["block_librry"])
+
+
+@pytest.mark.parametrize(
+    ("file", "edit", "message"),
+    [
+        ("profiles/micro.yaml", {"search_space__ffn": ["w256"]}, "wider than the parent"),
+        ("profiles/micro.yaml", {"search_space__attention": ["kv3"]}, "use a divisor"),
+        ("profiles/micro.yaml", {"targets": ["nowhere"]}, "nowhere.yaml does not exist"),
+        ("scenarios/micro-small.yaml", {"target": "nowhere"}, "doesn't measure"),
+        ("targets/micro-eager.yaml", {"input_length": -1}, "greater than 0"),
+        ("targets/micro-eager.yaml", {"input_length": 4096}, "the parent takes at most"),
+    ],
+)
+def test_bad_configuration_is_found_before_anything_runs(started: Project, file: str, edit: dict[str, Any], message: str) -> None:
+    path = started.root / "conf" / file
+    before = path.read_text()
+    with started.instance() as instance:
+        num_runs = instance.get_runs_count()
+    try:
+        started.edit(path, **edit)
+        with pytest.raises(ConfigError, match=message):
+            started.refresh()
+    finally:
+        path.write_text(before)
+    with started.instance() as instance:
+        assert instance.get_runs_count() == num_runs
+
+
+def test_a_missing_engine_is_found_before_the_library_is_trained(started: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise VllmMissingError("vLLM is not installed; install it")
+
+    monkeypatch.setattr("puzzle_dag.engine.client.read_engine_version", missing)
+    with pytest.raises(VllmMissingError):
+        started.refresh()
+    assert started.refresh(select=["block_library"]).failed_checks == []  # nothing of it needs an engine
+
+
+def test_a_full_disk_is_found_before_anything_is_written(micro_parent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = make_project(tmp_path / "full", micro_parent_folder)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: (10, 10, 0))
+    with pytest.raises(DiskFullError, match="activations need"):
+        project.refresh(select=FIRST)
+
+
+def _hold(path: Path, held: Any) -> None:
+    with lease(path):
+        held.set()
+        time.sleep(1.0)
+
+
+def test_the_device_is_leased_to_one_process(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    other = context.Process(target=_hold, args=(tmp_path / "lock", held))
+    other.start()
+    assert held.wait(60)
+    start_s = time.perf_counter()
+    with lease(tmp_path / "lock"):
+        waited_s = time.perf_counter() - start_s
+    other.join()
+    assert waited_s > 0.5 and other.exitcode == 0
+
+
+def test_a_value_that_was_never_made_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(RecordMissingError, match="child\\[fast\\] was never materialised; run"):
+        Shelf(tmp_path).value("child", "fast")
+
+
+def test_a_cut_short_file_is_found(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    file = tmp_path / "store" / "weights"
+    file.write_bytes(b"whole")
+    shelf = Shelf(tmp_path / "profile")
+    record = shelf.put("child", None, {}, data_version="1", files=[file])
+    assert shelf.gone(record) is None
+    file.write_bytes(b"who")
+    assert shelf.gone(record) == "../store/weights"
+
+
+def test_adding_a_scenario_validates_it_first(micro_parent_folder: Path, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "add", micro_parent_folder)
+    file = tmp_path / "tight.yaml"
+    file.write_text((project.root / "conf" / "scenarios" / "micro-small.yaml").read_text().replace("0.9", "0.7"))
+    assert add_scenario(project.root, "micro", file).name == "tight"
+    assert project.workspace.read_profile().scenarios == ("micro-small", "micro-light", "tight")
+    assert "# The tests' profile" in project.profile_file.read_text()  # comments stay
+    add_scenario(project.root, "micro", file)
+    assert project.workspace.read_profile().scenarios == ("micro-small", "micro-light", "tight")
+    wrong = tmp_path / "wrong.yaml"
+    wrong.write_text(file.read_text().replace("target: micro-eager", "target: nowhere"))
+    with pytest.raises(ConfigError, match="nowhere"):
+        add_scenario(project.root, "micro", wrong)
+    assert not (project.root / "conf" / "scenarios" / "wrong.yaml").exists()

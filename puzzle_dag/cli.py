@@ -62,7 +62,42 @@ def _measure(args: argparse.Namespace) -> int:
     return 0
 
 
-def _positive(text: str) -> float:
+def _solve(args: argparse.Namespace) -> int:
+    from puzzle_dag.search.foreign import read_foreign_library, solve_foreign_library
+
+    answer = solve_foreign_library(
+        read_foreign_library(args.library),
+        minimize=args.minimize,
+        at_most=dict(args.at_most),
+        at_least=dict(args.at_least),
+        num_solutions=args.num_solutions,
+        min_different_layers=args.min_different_layers,
+    )
+    solutions = answer.get("solutions", [answer])
+    if args.json:
+        _say(json.dumps(answer, indent=1))
+    elif "choices" not in solutions[0]:
+        _say(f"{answer['status']}: conflicting are {'; '.join(answer.get('conflicting', ()))}")
+        for name, nearest in answer.get("nearest", {}).items():
+            _say(f"{name}: {nearest['value']:.6g} can be met together with {', '.join(nearest['while_met']) or 'nothing else'}")
+    else:
+        for solution in solutions:
+            numbers = {k: f"{solution[k]:.6g}" for k in ("objective", "bound", "gap", "seconds")}
+            numbers |= {k: f"{v:.6g}" for k, v in solution["costs"].items()}
+            _say(f"{solution['status']}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
+            _say(text_table(("layer", "variant"), list(solution["choices"].items())))
+    return 0 if "choices" in solutions[0] else 1
+
+
+def _bound(text: str) -> tuple[str, float]:
+    """Parse NAME=VALUE."""
+    name, sign, value = text.partition("=")
+    if not (name and sign):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, e.g. stats.memory_mib=70000")
+    return name, float(value)
+
+
+def _not_negative(text: str) -> float:
     value = float(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"{text} is negative")
@@ -81,9 +116,19 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(run=_doctor)
 
     gc = commands.add_parser("gc", help="remove what a crash left half written and what nothing has used for long")
-    gc.add_argument("--unused-days", type=_positive, default=30.0, help="days without use (default: %(default)s)")
+    gc.add_argument("--unused-days", type=_not_negative, default=30.0, help="days without use (default: %(default)s)")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
     gc.set_defaults(run=_gc)
+
+    solve = commands.add_parser("solve", help="search a library that someone else measured: layer -> variant -> numbers")
+    solve.add_argument("--library", type=Path, required=True, help="JSON; or CSV or Parquet with layer, variant, metric, value")
+    solve.add_argument("--minimize", required=True, metavar="NAME", help="number whose sum is minimised, by dotted path: metrics.kl_div")
+    for side in ("most", "least"):
+        solve.add_argument(f"--at-{side}", type=_bound, action="append", default=[], metavar="NAME=VALUE", help="bound of a number's sum")
+    solve.add_argument("--num-solutions", type=int, default=1, help="how many answers (default: %(default)s)")
+    solve.add_argument("--min-different-layers", type=int, default=1, help="layers in which any two answers differ at least")
+    solve.add_argument("--json", action="store_true", help="the answer as JSON, and nothing else")
+    solve.set_defaults(run=_solve)
 
     measure = commands.add_parser("measure", help="measure what every variant of a profile costs on a target")
     measure.add_argument("--profile", required=True, help="name of a file in conf/profiles")

@@ -153,3 +153,79 @@ def test_wrong_arguments_end_with_usage(capsys, arguments):
         cli.main(arguments)
     assert caught.value.code == 2
     assert "usage: puzzle-dag" in capsys.readouterr().err
+
+
+LIBRARY = {
+    f"layer_{i}": {
+        "full": {"stats": {"memory_mib": 100, "runtime_ms": 2.0}, "metrics": {"kl_div": 0.0}},
+        "half": {"stats": {"memory_mib": 60, "runtime_ms": 1.2}, "metrics": {"kl_div": 0.01 * (i + 1)}},
+        "none": {"stats": {"memory_mib": 0, "runtime_ms": 0.0}, "metrics": {"kl_div": 0.5}},
+    }
+    for i in range(4)
+}
+KL = {(layer, variant): v["metrics"]["kl_div"] for layer, variants in LIBRARY.items() for variant, v in variants.items()}
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> str:
+    path = tmp_path / "library.json"
+    path.write_text(json.dumps(LIBRARY))
+    return str(path)
+
+
+def solve(capsys, library: str, *arguments: str) -> tuple[int, dict]:
+    status = cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div", "--json", *arguments])
+    return status, json.loads(capsys.readouterr().out)
+
+
+def test_solve_finds_the_best_choice_of_a_foreign_library(capsys, library):
+    status, answer = solve(capsys, library, "--at-most", "stats.memory_mib=320", "--at-most", "stats.runtime_ms=6.5")
+    # Two layers must be halved (or one left out, which costs more): the two whose halves cost least.
+    assert (status, answer["status"]) == (0, "optimal")
+    assert answer["choices"] == {"layer_0": "half", "layer_1": "half", "layer_2": "full", "layer_3": "full"}
+    assert answer["objective"] == pytest.approx(0.03) and answer["gap"] <= 1e-6
+    assert answer["costs"] == pytest.approx({"stats.memory_mib": 320, "stats.runtime_ms": 6.4})
+
+
+def test_solve_gives_several_answers_that_differ(capsys, library):
+    arguments = ("--at-most", "stats.memory_mib=320", "--num-solutions", "3", "--min-different-layers", "2")
+    status, answer = solve(capsys, library, *arguments)
+    assert status == 0 and len(answer["solutions"]) == 3
+    choices = [s["choices"] for s in answer["solutions"]]
+    assert all(sum(a[k] != b[k] for k in a) >= 2 for i, a in enumerate(choices) for b in choices[:i])
+    objectives = [s["objective"] for s in answer["solutions"]]
+    assert objectives == sorted(objectives)
+    assert objectives == pytest.approx([sum(KL[pair] for pair in c.items()) for c in choices])
+
+
+def test_solve_says_what_conflicts(capsys, library):
+    bounds = ("--at-most", "stats.memory_mib=100", "--at-least", "stats.runtime_ms=5")
+    status, answer = solve(capsys, library, *bounds)
+    assert (status, answer["status"]) == (1, "infeasible") and len(answer["conflicting"]) == 2
+    assert cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div", *bounds]) == 1
+    assert "conflicting are" in capsys.readouterr().out
+
+
+def test_solve_prints_a_table_for_people(capsys, library):
+    assert cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div", "--at-most", "stats.memory_mib=320"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("optimal: objective 0.03") and "layer_1  half" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minimize", "metrics.kl_dvi"], "did you mean 'metrics.kl_div'?"),
+        (["--minimize", "metrics.kl_div", "--num-solutions", "0"], "num_solutions is 0"),
+        (["--minimize", "metrics.kl_div", "--library", "not-there.json"], "not-there.json can't be read"),
+    ],
+)
+def test_solve_mistakes_end_in_one_line_and_status_2(capsys, library, arguments, message):
+    assert cli.main(["solve", "--library", library, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_solve_refuses_a_bound_that_is_none(capsys, library):
+    with pytest.raises(SystemExit):
+        cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div", "--at-most", "stats.memory_mib"])
+    assert "is not NAME=VALUE" in capsys.readouterr().err

@@ -85,7 +85,7 @@ def _child_asset(plan: Plan) -> dg.AssetsDefinition:
             data_version=made.digest,
             files=files_below(made.folder),
             metadata={"folder": dg.MetadataValue.path(str(made.folder / CHECKPOINT)), **_divergence_metadata(divergence)},
-            seconds=time.seconds,
+            time=time,
         )
 
     return child
@@ -165,7 +165,7 @@ def _uptrained_child_asset(plan: Plan) -> dg.AssetsDefinition:
                 **_divergence_metadata(divergence),
                 **_curve_metadata(made.metadata["curve"]),
             },
-            seconds=time.seconds,
+            time=time,
         )
 
     return uptrained_child

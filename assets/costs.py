@@ -82,7 +82,7 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
                 "costs": table(rows),
                 "picture": picture(_draw(costs), "seconds a layer"),
             },
-            seconds=time.seconds,
+            time=time,
         )
 
     return block_costs

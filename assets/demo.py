@@ -6,7 +6,7 @@ from pathlib import Path
 
 from assets.plan import make_plan
 from assets.refresh import Outcome, RefreshRecord, refresh
-from assets.reports import results_table, scenario_facts, stage_seconds, write_reports
+from assets.reports import results_table, scenario_facts, stage_peak_memory_bytes, stage_seconds, write_reports
 from puzzle_dag.engine.client import VllmMissingError, read_engine_version
 from puzzle_dag.engine.hardware import detect_hardware, measure_matmul_rate
 from puzzle_dag.report.tables import format_seconds, text_table
@@ -57,8 +57,10 @@ def run_demo(root: Path, profile: str, say: Callable[[str], None]) -> RefreshRec
     if facts:
         say(text_table(results.header, results.rows))
         say(f"({results.caption})\n")
-    times = [*stages.items(), ("all", sum(stages.values()))]
-    say(text_table(("stage", "time"), [(name, format_seconds(s)) for name, s in times]))
+    peaks = stage_peak_memory_bytes(workspace)
+    efforts = [(name, format_seconds(s), f"{peaks[name] / 2**30:.2f} GiB") for name, s in stages.items()]
+    efforts.append(("all", format_seconds(sum(stages.values())), f"{max(peaks.values(), default=0) / 2**30:.2f} GiB"))
+    say(text_table(("stage", "time", "peak memory, engines aside"), efforts))
     say("\n" + "\n".join(f"{name}: {value}" for name, value in machine.items()))
     footer = f"commit {read_commit(root)}; {machine['hardware']}; {machine['engine']}"
     if facts:

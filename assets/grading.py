@@ -76,7 +76,7 @@ def _parent_accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
         version = fingerprint([asdict(r) for r in results])
         files = [path, write_rows(workspace.tables / "parent_accuracy.parquet", rows)]
         metadata = {"grades": table(rows), "num_tasks": len({r["task"] for r in rows})}
-        return materialised(context, plan, workspace, {"results": rows}, data_version=version, files=files, metadata=metadata, seconds=time.seconds)
+        return materialised(context, plan, workspace, {"results": rows}, data_version=version, files=files, metadata=metadata, time=time)
 
     return parent_accuracy
 
@@ -122,7 +122,7 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
                 "retention": table([{k: r[k] for k in ("task", "parent", "child", "chance", "raw", "corrected", "corrected_stderr")} for r in rows]),
                 **({"picture": picture(retention_bars(bars, floor=floor, title=context.partition_key), "retention")} if bars else {}),
             },
-            seconds=time.seconds,
+            time=time,
         )
 
     return accuracy
@@ -186,7 +186,7 @@ def _parent_serving_asset(plan: Plan) -> dg.AssetsDefinition:
         rows = [{"target": context.partition_key, **m} for m in report["models"]]
         files = [write_rows(workspace.tables / "parent_serving" / f"{context.partition_key}.parquet", rows)]
         metadata = {"served": table(rows), "hardware": report["hardware"], "engine_version": report["engine_version"]}
-        return materialised(context, plan, workspace, served, files=files, metadata=metadata, seconds=time.seconds)
+        return materialised(context, plan, workspace, served, files=files, metadata=metadata, time=time)
 
     return parent_serving
 
@@ -229,7 +229,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
                 "hardware": report["hardware"],
                 "engine_version": report["engine_version"],
             },
-            seconds=time.seconds,
+            time=time,
         )
 
     return serving

@@ -75,7 +75,7 @@ def library_assets(plan: Plan) -> list[dg.AssetsDefinition]:
                 "losses": table([{k: r[k] for k in ("place", "variant", "loss_initial", "loss_trained", "was_cached")} for r in rows]),
                 "picture": picture(loss_bars(losses, title=context.partition_key), "loss before and after training"),
             },
-            seconds=time.seconds,
+            time=time,
         )
 
     return [block_library]

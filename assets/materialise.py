@@ -1,14 +1,15 @@
 """What every asset does last: put its record on the shelf and tell Dagster the DataVersion and the metadata."""
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import dagster as dg
 
 from assets.plan import Plan
 from assets.watches import watch
+from puzzle_dag.peak_memory import peak_memory_bytes, reset_peak_memory
 from puzzle_dag.store import fingerprint
 from resources.workspace import Workspace
 
@@ -27,7 +28,7 @@ def materialised(
     data_version: str | None = None,
     files: Iterable[Path] = (),
     metadata: Mapping[str, Any] | None = None,
-    seconds: float = 0.0,
+    time: "Stopwatch | None" = None,
 ) -> dg.MaterializeResult:
     """Put `value` on the shelf and return what Dagster is told.
 
@@ -39,27 +40,34 @@ def materialised(
         data_version: digest of what was made; by default the fingerprint of `value`.
         files: files that the value speaks of.
         metadata: shown in the UI.
-        seconds: what it took, the wait for the device not counted.
+        time: started when the work began, the wait for the device not counted; for work worth timing.
     """
     name, partition = context.asset_key.path[-1], partition_of(context)
     version = data_version or fingerprint(value)
     watched = watch(plan, workspace, name, partition)
-    workspace.shelf.put(name, partition, value, data_version=version, files=files, watched=watched, seconds=seconds)
-    shown = {**(metadata or {}), **({"seconds": seconds} if seconds else {})}
+    effort = {} if time is None else {"seconds": time.seconds, "peak_memory_bytes": time.peak_memory_bytes}
+    workspace.shelf.put(name, partition, value, data_version=version, files=files, watched=watched, **effort)
+    shown = {**(metadata or {}), **effort}
     return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=shown)
 
 
 class Stopwatch:
-    """Seconds since it was made."""
+    """Seconds since it was made, and the most memory that this process held since then."""
 
     def __init__(self) -> None:
         """Start."""
-        self._start_s = time.perf_counter()
+        reset_peak_memory()
+        self._start_s = perf_counter()
 
     @property
     def seconds(self) -> float:
         """Seconds so far."""
-        return time.perf_counter() - self._start_s
+        return perf_counter() - self._start_s
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """Largest resident size so far; vLLM's engines run in processes of their own and are not in it."""
+        return peak_memory_bytes()
 
 
 def picture(png: bytes, caption: str) -> dg.MetadataValue:

@@ -55,7 +55,7 @@ def _tokens_asset(plan: Plan) -> dg.AssetsDefinition:
             data_version=digest_tensors(rows),
             files=[path],
             metadata={**{f"num_tokens_{k}": v.numel() for k, v in rows.items()}, "sample": parent.tokenizer.decode(rows["train"][0][:120])},
-            seconds=time.seconds,
+            time=time,
         )
 
     return tokens
@@ -95,7 +95,7 @@ def _activations_asset(plan: Plan) -> dg.AssetsDefinition:
             data_version=cache.digest,
             files=files,
             metadata={"num_bytes": sum(f.stat().st_size for f in files), "num_boundaries": cache.num_layers + 1},
-            seconds=time.seconds,
+            time=time,
         )
 
     return parent_activations

@@ -1,6 +1,6 @@
 """What came out, for people: the facts of every scenario read from the shelf, as tables and as self-contained HTML pages."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from puzzle_dag.report.scenario import ConstraintFact, ScenarioFacts, ServedFact
 from puzzle_dag.report.tables import format_percent, format_quantity
 from puzzle_dag.store import fingerprint, write_atomically
 from resources.rows import read_rows
+from resources.shelf import Record
 from resources.workspace import Workspace
 
 _CAPTION = "predicted by the cost table | measured on the engine, parent and child in turns, with the 95 % confidence interval"
@@ -143,15 +144,23 @@ def results_table(workspace: Workspace, facts: Sequence[ScenarioFacts]) -> Table
     return Table(("", *(f.name for f in facts)), [(n, *(cells.get(n, "not run") for cells in columns)) for n in names], caption=_CAPTION)
 
 
+def _timed_records(workspace: Workspace) -> Iterator[tuple[str, list[Record]]]:
+    """Yield each timed asset's records, in the order of the data flow."""
+    for name in (n for names in GROUPS.values() for n in names):
+        found = [workspace.shelf.find(name, p.stem) for p in sorted(workspace.shelf.path(name).parent.glob("*.json"))]
+        records = [r for r in found if r is not None and r.seconds > 0]
+        if records:
+            yield name, records
+
+
 def stage_seconds(plan: Plan, workspace: Workspace) -> dict[str, float]:
     """Return the seconds that each asset took, all partitions together, in the order of the data flow."""
-    seconds = {}
-    for name in (n for names in GROUPS.values() for n in names):
-        records = [workspace.shelf.find(name, p.stem) for p in sorted(workspace.shelf.path(name).parent.glob("*.json"))]
-        total = sum(r.seconds for r in records if r is not None)
-        if total > 0:
-            seconds[name] = total
-    return seconds
+    return {name: sum(r.seconds for r in records) for name, records in _timed_records(workspace)}
+
+
+def stage_peak_memory_bytes(workspace: Workspace) -> dict[str, int]:
+    """Return the most memory that the process held in each asset, over its partitions; engines have processes of their own."""
+    return {name: max(r.peak_memory_bytes for r in records) for name, records in _timed_records(workspace)}
 
 
 def _pictures(plan: Plan, workspace: Workspace) -> list[Picture]:

@@ -50,7 +50,7 @@ def _frontier_asset(plan: Plan) -> dg.AssetsDefinition:
                 "results": table([{k: r[k] for k in _SHOWN} for r in rows]),
                 "picture": picture(drawn, "quality against speed"),
             },
-            seconds=time.seconds,
+            time=time,
         )
 
     return frontier
@@ -83,7 +83,7 @@ def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
             data_version=fingerprint({n: [f.name for f in files] for n, files in sources.items()} | {"num_rows": num_rows}),
             files=[workspace.database],
             metadata={"tables": table([{"table": n, "num_rows": r} for n, r in num_rows.items()]), "file": dg.MetadataValue.path(str(workspace.database))},
-            seconds=time.seconds,
+            time=time,
         )
 
     return tables

@@ -67,7 +67,7 @@ def _block_scores_asset(plan: Plan) -> dg.AssetsDefinition:
                 "scores": table([{k: r[k] for k in ("block", "kl", "lm_loss", "top1_agreement")} for r in rows]),
                 "picture": picture(heat_map, "KL of each pair"),
             },
-            seconds=time.seconds,
+            time=time,
         )
 
     return block_scores

@@ -102,7 +102,7 @@ def search_assets(plan: Plan) -> list[dg.AssetsDefinition]:
             data_version=found.digest,
             files=[write_rows(workspace.tables / "solutions" / f"{context.partition_key}.parquet", [solution_row(found)])],
             metadata=_metadata(plan, workspace, found),
-            seconds=time.seconds,
+            time=time,
         )
 
     return [solution]

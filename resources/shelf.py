@@ -8,7 +8,7 @@ says when and why; the record says what.
 import json
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Record:
     """Files the value speaks of: path relative to the shelf's folder -> size in bytes."""
     seconds: float = 0.0
     """What it took, the wait for the device not counted."""
+    peak_memory_bytes: int = 0
+    """Most memory that the process held meanwhile."""
 
     @property
     def value_digest(self) -> str:
@@ -65,7 +67,7 @@ class Shelf:
             content = json.loads(self.path(asset, partition).read_text())
         except FileNotFoundError:
             return None
-        return Record(content["value"], content["data_version"], content["watched"], content["files"], content["seconds"])
+        return Record(**content)
 
     def value(self, asset: str, partition: str | None = None) -> dict[str, Any]:
         """Return what an asset handed on. Raises RecordMissingError."""
@@ -85,12 +87,12 @@ class Shelf:
         files: Iterable[Path] = (),
         watched: Any = None,
         seconds: float = 0.0,
+        peak_memory_bytes: int = 0,
     ) -> Record:
         """Write a record; `files` must exist. `watched` is any JSON value, of which the fingerprint is kept."""
         sizes = {self._relative(path): path.stat().st_size for path in files}
-        record = Record(value, data_version, "" if watched is None else fingerprint(watched), sizes, seconds)
-        content = {"value": value, "data_version": data_version, "watched": record.watched, "files": sizes, "seconds": seconds}
-        write_atomically(self.path(asset, partition), json.dumps(content, indent=1, sort_keys=True))
+        record = Record(value, data_version, "" if watched is None else fingerprint(watched), sizes, seconds, peak_memory_bytes)
+        write_atomically(self.path(asset, partition), json.dumps(asdict(record), indent=1, sort_keys=True))
         return record
 
     def gone(self, record: Record) -> str | None:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -95,12 +96,25 @@ def check_torch(engine: str) -> None:
             raise SetupError(f"torch {version} in .venv is a CUDA build. Delete .venv (make clean) and set up again. {CPU_TORCH}")
 
 
+def run_long(command: list[str], what: str) -> int:
+    """Run a command in the checkout, saying every half minute that it is at work; return its exit status."""
+    start_s = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT)
+    while True:
+        try:
+            return process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            say(f"still {what}, {time.monotonic() - start_s:.0f} s so far")
+        except BaseException:
+            process.terminate()
+            raise
+
+
 def install_packages(engine: str) -> None:
     """Install the project (editable) with the orchestrator, one build of vLLM and the tools of development. Raises SetupError."""
     say(f"installing the {engine} set; some minutes, about {'5' if engine == 'cpu' else '12'} GB")
     command = [str(PYTHON), "-m", "pip", "install", "--quiet", *shlex.split(os.environ.get("PIP_EXTRA", ""))]
-    result = subprocess.run([*command, "-e", f".[dag,{engine},dev]"], cwd=ROOT, check=False)
-    if result.returncode:
+    if run_long([*command, "-e", f".[dag,{engine},dev]"], "installing"):
         hint = f" {CPU_TORCH}" if engine == "cpu" and installed_version("torch") is None else ""
         raise SetupError(f"pip failed; its message is above.{hint}")
 

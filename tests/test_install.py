@@ -48,6 +48,7 @@ def record_pip(install: ModuleType, monkeypatch: pytest.MonkeyPatch, returncode:
         return SimpleNamespace(returncode=returncode, stdout="", stderr="")
 
     monkeypatch.setattr(install.subprocess, "run", run)
+    monkeypatch.setattr(install, "run_long", lambda command, what: run(command).returncode)
     return commands
 
 
@@ -76,6 +77,24 @@ def test_extra_arguments_reach_pip(install, monkeypatch):
     install.install_packages("gpu")
     (command,) = commands
     assert command[-4:] == ["--extra-index-url", "file:///with a space", "-e", ".[dag,gpu,dev]"]
+
+
+def test_long_steps_say_that_they_are_at_work(install, monkeypatch, capsys):
+    waits = iter([subprocess.TimeoutExpired("pip", 30), 7])
+
+    class Process:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def wait(self, timeout: float) -> int:
+            result = next(waits)
+            if isinstance(result, Exception):
+                raise result
+            return result
+
+    monkeypatch.setattr(install.subprocess, "Popen", Process)
+    assert install.run_long(["pip"], "installing") == 7
+    assert "still installing" in capsys.readouterr().err
 
 
 def test_a_cuda_torch_beside_the_cpu_build_is_refused(install):

@@ -38,7 +38,8 @@ def _refresh(args: argparse.Namespace) -> int:
     for check in record.failed_checks:
         _say(f" check  {check} did not pass")
     failed, waits = record.of("failed"), record.of("waits")
-    _say(f"{len(record.ran)} materialized, {len(record.of('fresh'))} fresh, {len(failed)} failed, {len(waits)} waiting; {record.seconds:.1f} s")
+    counts = f"{len(record.ran)} materialized, {len(record.of('fresh'))} fresh, {len(failed)} failed, {len(waits)} waiting"
+    _say(f"{counts}; {record.seconds:.1f} s")
     return 0 if record.ok else 1
 
 
@@ -60,7 +61,8 @@ def _add_scenario(args: argparse.Namespace) -> int:
     from assets.scenarios import add_scenario
 
     scenario = add_scenario(args.root, args.profile, args.file)
-    _say(f"scenario {scenario.name} is in conf/scenarios and in profile {args.profile}; run `python -m assets refresh --profile {args.profile}`")
+    command = f"python -m assets refresh --profile {args.profile}"
+    _say(f"scenario {scenario.name} is in conf/scenarios and in profile {args.profile}; run `{command}`")
     return 0
 
 

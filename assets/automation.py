@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import dagster as dg
+from pydantic import Field
 
 from assets.plan import DEVICE_POOL, Plan
 from puzzle_dag.store import digest_file, fingerprint
@@ -16,9 +17,9 @@ def digest_configuration(conf: Path) -> str:
 class RefreshConfig(dg.Config):
     """What to refresh."""
 
-    select: list[str] = []
+    select: list[str] = Field(default_factory=list)
     """Assets that may run, as "asset" or "asset[partition]"; empty for all."""
-    remake: list[str] = []
+    remake: list[str] = Field(default_factory=list)
     """Assets that run even where they are fresh."""
 
 
@@ -37,13 +38,17 @@ def automation(plan: Plan) -> tuple[dg.JobDefinition, dg.SensorDefinition]:
         context.add_output_metadata({"ran": len(record.ran), "seconds": record.seconds, "items": dg.MetadataValue.json(record.ran)})
         if not record.ok:
             unsettled = [f"{o.item}: {o.reasons[0]}" for o in (*record.of("failed"), *record.of("waits"))]
-            raise dg.Failure(f"{len(unsettled)} items are not up to date: {unsettled[0]}", metadata={"items": dg.MetadataValue.json(unsettled)})
+            raise dg.Failure(
+                f"{len(unsettled)} items are not up to date: {unsettled[0]}", metadata={"items": dg.MetadataValue.json(unsettled)}
+            )
 
     @dg.job(name=f"refresh_{name}_job", description=f"Refresh the profile {plan.profile.name}.", executor_def=dg.in_process_executor)
     def refresh_job() -> None:
         refresh_op()
 
-    @dg.sensor(name=f"conf_{name}_sensor", job=refresh_job, minimum_interval_seconds=15, description="Refreshes when a file in conf/ changes.")
+    @dg.sensor(
+        name=f"conf_{name}_sensor", job=refresh_job, minimum_interval_seconds=15, description="Refreshes when a file in conf/ changes."
+    )
     def conf_sensor(context: dg.SensorEvaluationContext) -> dg.RunRequest | dg.SkipReason:
         digest = digest_configuration(plan.root / "conf")
         if context.cursor == digest:

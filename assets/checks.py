@@ -23,7 +23,9 @@ from resources.workspace import Workspace
 Body = Callable[[dg.AssetCheckExecutionContext, Workspace], dg.AssetCheckResult]
 
 
-def _check(plan: Plan, asset: str, name: str, partitions: dg.PartitionsDefinition, body: Body, *, blocking: bool, description: str) -> dg.AssetChecksDefinition:
+def _check(
+    plan: Plan, asset: str, name: str, partitions: dg.PartitionsDefinition, body: Body, *, blocking: bool, description: str
+) -> dg.AssetChecksDefinition:
     def run(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
         return body(context, workspace)
 
@@ -53,7 +55,9 @@ def _library_is_complete(plan: Plan) -> Body:
                 except PieceMissingError:
                     missing.append(f"{place}/{variant.name}")
         losses = [r["loss_trained"] for r in value["reports"]]
-        return _result(not missing and all(math.isfinite(x) for x in losses), missing=", ".join(missing) or "none", num_variants=len(losses))
+        return _result(
+            not missing and all(math.isfinite(x) for x in losses), missing=", ".join(missing) or "none", num_variants=len(losses)
+        )
 
     return body
 
@@ -61,7 +65,11 @@ def _library_is_complete(plan: Plan) -> Body:
 def _scores_are_sound(plan: Plan) -> Body:
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
         rows = workspace.shelf.value("block_scores", context.partition_key)["scores"]
-        wrong = [r["block"] for r in rows if not (math.isfinite(r["kl"]) and r["kl"] >= 0 and math.isfinite(r["lm_loss"]) and 0 <= r["top1_agreement"] <= 1)]
+        wrong = [
+            r["block"]
+            for r in rows
+            if not (math.isfinite(r["kl"]) and r["kl"] >= 0 and math.isfinite(r["lm_loss"]) and 0 <= r["top1_agreement"] <= 1)
+        ]
         own = next((r for r in rows if r["block"] == parent_block(plan).name), None)
         parent_is_zero = own is not None and own["kl"] == 0 and own["top1_agreement"] == 1
         return _result(not wrong and parent_is_zero, unsound=", ".join(wrong) or "none", parent_is_zero=parent_is_zero, num_pairs=len(rows))
@@ -81,13 +89,24 @@ def _solution_is_feasible(plan: Plan) -> Body:
         broken, rows = [], []
         for limit in scenario_limits(scenario, costs, solution.batch, parent):
             value = limit.measure.of(solution.architecture)
-            rows.append({"constraint": limit.name, "value": value, "at_least": limit.at_least and float(limit.at_least), "at_most": limit.at_most and float(limit.at_most)})
+            rows.append(
+                {
+                    "constraint": limit.name,
+                    "value": value,
+                    "at_least": limit.at_least and float(limit.at_least),
+                    "at_most": limit.at_most and float(limit.at_most),
+                }
+            )
             slack = 1e-9 * abs(value)
-            if (limit.at_least is not None and value < limit.at_least - slack) or (limit.at_most is not None and value > limit.at_most + slack):
+            if (limit.at_least is not None and value < limit.at_least - slack) or (
+                limit.at_most is not None and value > limit.at_most + slack
+            ):
                 broken.append(limit.name)
         scores = {(s.layer, s.block): s for layer in read_scores(workspace) for s in layer}
         strange = [c.block for c in solution.choices if (c.layer, c.block) not in scores or scores[c.layer, c.block].digest != c.digest]
-        return _result(not broken and not strange, broken=", ".join(broken) or "none", unknown=", ".join(strange) or "none", limits=table(rows))
+        return _result(
+            not broken and not strange, broken=", ".join(broken) or "none", unknown=", ".join(strange) or "none", limits=table(rows)
+        )
 
     return body
 
@@ -106,7 +125,9 @@ def _child_is_as_assembled(plan: Plan) -> Body:
         rows = load_file(workspace.var / "tokens.safetensors")["heldout"][:2]
         with workspace.device(), torch.inference_mode():
             parent = workspace.load_parent()
-            child = build_child(parent, tuple(Block.parse(c["block"]) for c in solution["choices"]), chosen_pieces(workspace, solution["choices"]))
+            child = build_child(
+                parent, tuple(Block.parse(c["block"]) for c in solution["choices"]), chosen_pieces(workspace, solution["choices"])
+            )
             expected = child(input_ids=rows.to(parent.model.device)).logits.float()
             found = load_checkpoint(folder, device=parent.model.device)(input_ids=rows.to(parent.model.device)).logits.float()
         difference = float((expected - found).abs().max())
@@ -120,7 +141,11 @@ def _retention_is_kept(plan: Plan) -> Body:
         mean = workspace.shelf.value("accuracy", context.partition_key)["mean"]
         floor = workspace.read_scenario(context.partition_key).retention_floor
         retained = mean["value"]
-        shown = {"retention": retained, "stderr": mean["stderr"]} if retained is not None else {"retention": "undefined: the parent is no better than chance"}
+        shown = (
+            {"retention": retained, "stderr": mean["stderr"]}
+            if retained is not None
+            else {"retention": "undefined: the parent is no better than chance"}
+        )
         return _result(retained is not None and retained >= floor, blocking=False, floor=floor, **shown)
 
     return body
@@ -140,10 +165,22 @@ def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
     layers, scenarios = plan.partitions.layers, plan.partitions.scenarios
     return [
         _check(
-            plan, "block_library", "complete", layers, _library_is_complete(plan), blocking=True, description="Every variant of the space is there, its loss finite."
+            plan,
+            "block_library",
+            "complete",
+            layers,
+            _library_is_complete(plan),
+            blocking=True,
+            description="Every variant of the space is there, its loss finite.",
         ),
         _check(
-            plan, "block_scores", "sound", layers, _scores_are_sound(plan), blocking=True, description="Scores are finite, and the parent's own block scores 0."
+            plan,
+            "block_scores",
+            "sound",
+            layers,
+            _scores_are_sound(plan),
+            blocking=True,
+            description="Scores are finite, and the parent's own block scores 0.",
         ),
         _check(
             plan,
@@ -164,9 +201,21 @@ def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
             description="The checkpoint gives the assembled child's logits bit for bit.",
         ),
         _check(
-            plan, "accuracy", "retention", scenarios, _retention_is_kept(plan), blocking=False, description="Mean retention, corrected for chance, is above the scenario's floor."
+            plan,
+            "accuracy",
+            "retention",
+            scenarios,
+            _retention_is_kept(plan),
+            blocking=False,
+            description="Mean retention, corrected for chance, is above the scenario's floor.",
         ),
         _check(
-            plan, "serving", "as_asked", scenarios, _serves_as_asked(plan), blocking=False, description="The engine's measurement meets the scenario, within 5 % beyond its interval."
+            plan,
+            "serving",
+            "as_asked",
+            scenarios,
+            _serves_as_asked(plan),
+            blocking=False,
+            description="The engine's measurement meets the scenario, within 5 % beyond its interval.",
         ),
     ]

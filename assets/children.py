@@ -48,7 +48,11 @@ def _divergence(workspace: Workspace, folder: Path) -> dict[str, Any]:
 
 
 def _divergence_metadata(divergence: dict[str, Any]) -> dict[str, Any]:
-    return {"kl": divergence["kl"]["mean"], "lm_loss": divergence["lm_loss"]["mean"], "top1_agreement": divergence["top1_agreement"]["mean"]}
+    return {
+        "kl": divergence["kl"]["mean"],
+        "lm_loss": divergence["lm_loss"]["mean"],
+        "top1_agreement": divergence["top1_agreement"]["mean"],
+    }
 
 
 def _child_asset(plan: Plan) -> dg.AssetsDefinition:
@@ -132,7 +136,13 @@ def _uptrained_child_asset(plan: Plan) -> dg.AssetsDefinition:
                 root=plan.root,
             )
             versions = {s: stage_version(s) for s in stages[:2]}
-            inputs = {"versions": versions, "parent": parent.digest, "child": child["digest"], "rows": digest_tensors({"rows": rows}), **settings}
+            inputs = {
+                "versions": versions,
+                "parent": parent.digest,
+                "child": child["digest"],
+                "rows": digest_tensors({"rows": rows}),
+                **settings,
+            }
 
             def train(folder: Path) -> tuple[str, dict[str, Any]]:
                 report = uptrain_child(

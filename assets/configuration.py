@@ -15,7 +15,9 @@ def _configuration_asset(plan: Plan, name: str, metadata: Any = None, **options:
     @dg.asset(**plan.options(name, kinds=("yaml",), **options))
     def read_configuration(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         value = watch(plan, workspace, name, partition_of(context))
-        return materialised(context, plan, workspace, value, metadata=metadata(value) if metadata else {"value": dg.MetadataValue.json(value)})
+        return materialised(
+            context, plan, workspace, value, metadata=metadata(value) if metadata else {"value": dg.MetadataValue.json(value)}
+        )
 
     return read_configuration
 
@@ -29,10 +31,18 @@ def configuration_assets(plan: Plan) -> list[dg.AssetsDefinition]:
     """Return corpus, parent, search_space, cost_variants, target_spec and scenario_spec."""
     parts = plan.partitions
     return [
-        _configuration_asset(plan, "corpus", description="The text: settings, and what the text itself hangs on (Python's version, file digests)."),
-        _configuration_asset(plan, "parent", description="The model to compress: its source and the digest of each file of the checkpoint."),
         _configuration_asset(
-            plan, "search_space", _space_metadata, partitions=parts.layers, description="The variants that one layer may take, overrides resolved."
+            plan, "corpus", description="The text: settings, and what the text itself hangs on (Python's version, file digests)."
+        ),
+        _configuration_asset(
+            plan, "parent", description="The model to compress: its source and the digest of each file of the checkpoint."
+        ),
+        _configuration_asset(
+            plan,
+            "search_space",
+            _space_metadata,
+            partitions=parts.layers,
+            description="The variants that one layer may take, overrides resolved.",
         ),
         _configuration_asset(
             plan,

@@ -71,7 +71,12 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
             context,
             plan,
             workspace,
-            {"target_spec": fingerprint(spec), "digest": costs.digest, "num_engines": costs.num_engines, "num_engines_run": num_engines_run},
+            {
+                "target_spec": fingerprint(spec),
+                "digest": costs.digest,
+                "num_engines": costs.num_engines,
+                "num_engines_run": num_engines_run,
+            },
             data_version=costs.digest,
             files=[path],
             metadata={
@@ -104,7 +109,9 @@ def _cost_table_asset(plan: Plan) -> dg.AssetsDefinition:
             # A target whose measurement failed still has its former costs; they are not of today's target.
             if costs is not None and spec is not None and costs.value["target_spec"] == fingerprint(spec.value):
                 targets[target] = costs.data_version
-        return materialised(context, plan, workspace, {"targets": targets}, metadata={"targets": ", ".join(targets), "num_targets": len(targets)})
+        return materialised(
+            context, plan, workspace, {"targets": targets}, metadata={"targets": ", ".join(targets), "num_targets": len(targets)}
+        )
 
     return cost_table
 

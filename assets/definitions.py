@@ -29,7 +29,17 @@ DEFAULT_PROFILE = "tiny"
 def build_definitions(plan: Plan) -> dg.Definitions:
     """Return the definitions of one profile."""
     refresh_job, conf_sensor = automation(plan)
-    factories = (configuration_assets, parent_assets, library_assets, score_assets, cost_assets, search_assets, child_assets, grading_assets, result_assets)
+    factories = (
+        configuration_assets,
+        parent_assets,
+        library_assets,
+        score_assets,
+        cost_assets,
+        search_assets,
+        child_assets,
+        grading_assets,
+        result_assets,
+    )
     return dg.Definitions(
         assets=[asset for factory in factories for asset in factory(plan)],
         asset_checks=asset_checks(plan),

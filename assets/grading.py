@@ -30,7 +30,13 @@ def _grade(plan: Plan, workspace: Workspace, digest: str, checkpoint: Path | Non
 
     profile = plan.profile
     versions = {s: stage_version(s) for s in _GRADING[:2]}
-    inputs = {"versions": versions, "model": digest, "accuracy": profile.accuracy.model_dump(), "corpus": plan.profile.corpus.model_dump(), "seed": profile.seed}
+    inputs = {
+        "versions": versions,
+        "model": digest,
+        "accuracy": profile.accuracy.model_dump(),
+        "corpus": plan.profile.corpus.model_dump(),
+        "seed": profile.seed,
+    }
 
     def grade(folder: Path) -> tuple[str, dict[str, Any]]:
         data, progress = workspace.var / "tasks", ProgressLog("grading")
@@ -119,7 +125,9 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
             metadata={
                 "mean_retention": mean.value if mean.value is not None else "undefined: the parent is no better than chance",
                 "mean_retention_stderr": mean.stderr if mean.stderr is not None else "undefined",
-                "retention": table([{k: r[k] for k in ("task", "parent", "child", "chance", "raw", "corrected", "corrected_stderr")} for r in rows]),
+                "retention": table(
+                    [{k: r[k] for k in ("task", "parent", "child", "chance", "raw", "corrected", "corrected_stderr")} for r in rows]
+                ),
                 **({"picture": picture(retention_bars(bars, floor=floor, title=context.partition_key), "retention")} if bars else {}),
             },
             time=time,
@@ -135,7 +143,9 @@ def _predict(plan: Plan, workspace: Workspace, target: str, architecture: tuple[
     return {b: costs.seconds(architecture, b, "prefill") + costs.seconds(architecture, b, "decode") for b in costs.batch_sizes}
 
 
-def _serve(plan: Plan, workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple[str, Path]], predicted: dict[str, Any]) -> dict[str, Any]:
+def _serve(
+    plan: Plan, workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple[str, Path]], predicted: dict[str, Any]
+) -> dict[str, Any]:
     """Return a ServingReport as JSON and its key in the store: measured now or, for the same models and machine, before."""
     from puzzle_dag.children.serve import measure_serving
     from puzzle_dag.engine.client import read_engine_version

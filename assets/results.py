@@ -3,23 +3,29 @@
 import dagster as dg
 
 from assets.materialise import Stopwatch, materialised, picture, table
-from assets.plan import GROUPS, Plan
+from assets.plan import Plan
 from assets.watches import watch_frontier
 from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
 from resources.workspace import Workspace
 
 _TABLES = ("library", "scores", "costs", "solutions", "accuracy", "serving", "parent_serving")
-_SHOWN = ("scenario", "batch", "predicted_speedup", "measured_speedup", "speedup_low", "speedup_high", "kl", "retention", "retention_stderr")
+_SHOWN = (
+    "scenario",
+    "batch",
+    "predicted_speedup",
+    "measured_speedup",
+    "speedup_low",
+    "speedup_high",
+    "kl",
+    "retention",
+    "retention_stderr",
+)
 
 
-def _all_partitions(plan: Plan) -> dict[str, list[str | None]]:
-    keys: dict[str, list[str | None]] = {name: [None] for names in GROUPS.values() for name in names}
-    layers: list[str | None] = list(plan.partitions.layers.get_partition_keys())
-    keys.update(dict.fromkeys(("search_space", "block_library", "block_scores"), layers))
-    keys.update(dict.fromkeys(("target_spec", "block_costs", "parent_serving"), list(plan.profile.targets)))
-    keys.update(dict.fromkeys(("scenario_spec", "solution", "child", "uptrained_child", "accuracy", "serving"), list(plan.profile.scenarios)))
-    return keys
+def _partition_names(plan: Plan) -> set[str]:
+    """Return the layers, targets and scenarios of today; files of former ones may still lie about."""
+    return {*plan.partitions.layers.get_partition_keys(), *plan.profile.targets, *plan.profile.scenarios}
 
 
 def _frontier_asset(plan: Plan) -> dg.AssetsDefinition:
@@ -69,8 +75,7 @@ def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
     def tables(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         from puzzle_dag.tables import build_tables
 
-        time, known = Stopwatch(), _all_partitions(plan)
-        wanted = {k for keys in known.values() for k in keys if k is not None}
+        time, wanted = Stopwatch(), _partition_names(plan)
         sources = {name: [p for p in sorted((workspace.tables / name).glob("*.parquet")) if p.stem in wanted] for name in _TABLES}
         singles = ("score_table", "frontier", "parent_accuracy")
         sources |= {name: [workspace.tables / f"{name}.parquet"] for name in singles if (workspace.tables / f"{name}.parquet").exists()}
@@ -82,7 +87,10 @@ def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
             {"file": workspace.database.name, "num_rows": num_rows},
             data_version=fingerprint({n: [f.name for f in files] for n, files in sources.items()} | {"num_rows": num_rows}),
             files=[workspace.database],
-            metadata={"tables": table([{"table": n, "num_rows": r} for n, r in num_rows.items()]), "file": dg.MetadataValue.path(str(workspace.database))},
+            metadata={
+                "tables": table([{"table": n, "num_rows": r} for n, r in num_rows.items()]),
+                "file": dg.MetadataValue.path(str(workspace.database)),
+            },
             time=time,
         )
 

@@ -67,7 +67,10 @@ def _metadata(plan: Plan, workspace: Workspace, solution: "Solution") -> dict[st
         "gap": solution.gap,
         "batch": solution.batch,
         "constraints": table(
-            [{"constraint": x.name, "at_least": x.at_least, "at_most": x.at_most, "predicted": x.value, "parent": x.parent_value} for x in solution.limits]
+            [
+                {"constraint": x.name, "at_least": x.at_least, "at_most": x.at_most, "predicted": x.value, "parent": x.parent_value}
+                for x in solution.limits
+            ]
         ),
         "architecture": table([{"layer": c.layer, "block": c.block, "score": c.score} for c in solution.choices]),
         "picture": picture(drawn, "the architecture"),
@@ -84,7 +87,7 @@ def search_assets(plan: Plan) -> list[dg.AssetsDefinition]:
             stages=["puzzle_dag.search.solve"],
             partitions=plan.partitions.scenarios,
             kinds=("highs",),
-            description="The chosen block of every layer, proven by HiGHS; its DataVersion is the hash of the choice, so the same choice rebuilds nothing.",
+            description="The chosen block of every layer, proven by HiGHS; the same choice again rebuilds nothing.",
         )
     )
     def solution(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:

@@ -77,12 +77,16 @@ def measured_constraints(scenario: Scenario, target: Target, report: Mapping[str
         noise = children[at]["engine_noise"] ** 2 / children[at]["num_engines"] if timed else 0.0
         if bound.relative_to:
             # The parent's throughput is its best over the batch sizes; everything else compares at one batch size.
-            theirs = [v for b, m in parents.items() if (v := _value(name, m, bound, target)) and (b == at or name == "throughput_tokens_per_s")]
+            theirs = [
+                v for b, m in parents.items() if (v := _value(name, m, bound, target)) and (b == at or name == "throughput_tokens_per_s")
+            ]
             own /= max(theirs)
             noise += parents[at]["engine_noise"] ** 2 / parents[at]["num_engines"] if timed else 0.0
         half = _Z * math.sqrt(noise) * own
         low, high = own - half, own + half
-        met = (bound.at_least is None or high >= bound.at_least * (1 - TOLERANCE)) and (bound.at_most is None or low <= bound.at_most * (1 + TOLERANCE))
+        met = (bound.at_least is None or high >= bound.at_least * (1 - TOLERANCE)) and (
+            bound.at_most is None or low <= bound.at_most * (1 + TOLERANCE)
+        )
         rows.append(MeasuredConstraint(name, at, _words(bound), own, low, high, met))
     return rows
 

@@ -34,7 +34,7 @@ EDGES = {
     "serving": {"uptrained_child", "parent_serving"},
     "frontier": {"accuracy", "serving"},
     "tables": {"score_table", "cost_table", "frontier"},
-    **dict.fromkeys(("corpus", "parent", "search_space", "target_spec", "scenario_spec"), set()),
+    **{key: set() for key in ("corpus", "parent", "search_space", "target_spec", "scenario_spec")},
 }
 ON_THE_DEVICE = {"parent_activations", "block_library", "block_scores", "block_costs", "child", "uptrained_child"}
 ON_THE_DEVICE |= {"parent_accuracy", "accuracy", "parent_serving", "serving"}
@@ -81,7 +81,9 @@ def test_code_versions_say_which_settings_make_an_asset(project: Project, plan: 
     edited = Plan(plan.root, plan.profile.model_copy(update={"library": library}), plan.shape, plan.partitions)
     before, after = versions(plan), versions(edited)
     assert {name for name in before if before[name] != after[name]} == {"block_library"}
-    assert "build1" in (before["block_library"] or "") or f"build{stage_version('puzzle_dag.library.build')}" in (before["block_library"] or "")
+    assert "build1" in (before["block_library"] or "") or f"build{stage_version('puzzle_dag.library.build')}" in (
+        before["block_library"] or ""
+    )
 
 
 def test_a_module_without_version_is_an_error() -> None:
@@ -92,7 +94,9 @@ def test_a_module_without_version_is_an_error() -> None:
 @pytest.fixture(scope="module")
 def deep_plan(project: Project) -> Plan:
     folder = project.root / "parents" / "deep"
-    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=126, num_attention_heads=4, num_key_value_heads=4).save_pretrained(folder)
+    LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=126, num_attention_heads=4, num_key_value_heads=4).save_pretrained(
+        folder
+    )
     file = project.root / "conf" / "profiles" / "deep.yaml"
     file.write_text(project.profile_file.read_text())
     project.edit(file, parent={"path": "parents/deep"})

@@ -152,7 +152,9 @@ def test_a_missing_engine_is_found_before_the_library_is_trained(started: Projec
     assert started.refresh(select=["block_library"]).failed_checks == []  # nothing of it needs an engine
 
 
-def test_a_full_disk_is_found_before_anything_is_written(micro_parent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_found_before_anything_is_written(
+    micro_parent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     project = make_project(tmp_path / "full", micro_parent_folder)
     monkeypatch.setattr("shutil.disk_usage", lambda _: (10, 10, 0))
     with pytest.raises(DiskFullError, match="activations need"):

@@ -165,7 +165,7 @@ def test_a_removed_scenario_leaves_the_frontier(project: Project) -> None:
     assert set(project.refresh().ran) == {"frontier", "tables"}  # what was known of it still holds
 
 
-def test_another_parent_makes_all_anew_but_not_the_costs(project: Project, engine: TickingEngine, save_parent) -> None:  # noqa: ANN001
+def test_another_parent_makes_all_anew_but_not_the_costs(project: Project, engine: TickingEngine, save_parent) -> None:
     other = save_parent("llama", rms_norm_eps=1e-5)
     (project.root / "parents" / "micro" / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     assert project.refresh().ran == []  # the same seed, the same weights

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ def _run_lm_eval(model: PuzzleDagForCausalLM, tokenizer: Any, settings: Accuracy
     """Run lm-eval's `simple_evaluate`; imported here because it takes seconds and most of the package needs none of it."""
     import datasets
     import lm_eval
+    import lm_eval.api.task
     from lm_eval.tasks import TaskManager
 
     from puzzle_dag.children.shared_context import SharedContextLM
@@ -108,6 +110,7 @@ def _run_lm_eval(model: PuzzleDagForCausalLM, tokenizer: Any, settings: Accuracy
     for noisy in ("lm_eval", "datasets", "httpx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)  # one bar a task, of milliseconds, and no option against it
     return lm_eval.simple_evaluate(
         model=SharedContextLM(model, tokenizer, batch_size=settings.batch_size, progress=progress),
         tasks=list(names),

@@ -124,15 +124,15 @@ def _save_state(path: Path, run: _Run, key: str) -> None:
     temporary.replace(path)
 
 
-def _load_state(path: Path, run: _Run, key: str) -> bool:
-    """Go on from a saved state of the same run; return False where there is none."""
+def _load_state(path: Path, run: _Run, key: str) -> None:
+    """Go on from a saved state of the same run, where there is one."""
     if not path.exists():
-        return False
+        return
     with safe_open(path, "pt") as f:
         metadata = f.metadata()
         if metadata["key"] != key:
             log.info("%s belongs to another training; starting anew", path)
-            return False
+            return
         tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a mapping)
     with torch.no_grad():
         for name, parameter in run.model.named_parameters():
@@ -145,7 +145,7 @@ def _load_state(path: Path, run: _Run, key: str) -> bool:
     run.optimizer.load_state_dict({"state": states, "param_groups": run.optimizer.state_dict()["param_groups"]})
     run.curve = [CurvePoint(**p) for p in json.loads(metadata["curve"])]
     run.seconds = float(metadata["seconds"])
-    return True
+    log.info("going on from step %d", run.step)
 
 
 def _round_activations(model: PuzzleDagForCausalLM) -> list[RemovableHandle]:
@@ -238,20 +238,18 @@ def uptrain_child(
         steps_per_save: optimiser steps between saved states.
         progress: told of the tokens trained on.
     """
+    assert compute_dtype in ("float32", "bfloat16"), compute_dtype
     child = load_checkpoint(child_folder, device=parent.model.device)
     stored_dtype, child_digest = child.lm_head.weight.dtype, model_digest(child)
     if len(rows) == 0:
         save_checkpoint(child, parent.tokenizer, folder)
         return UptrainReport(child_digest, 0, 0, 0.0, 0.0)
-    assert compute_dtype in ("float32", "bfloat16"), compute_dtype
-    rows = rows.long()
-    teacher = parent.model
+    rows, teacher = rows.long(), parent.model
     if compute_dtype == "float32" and teacher.lm_head.weight.dtype != torch.float32:
         teacher = copy.deepcopy(teacher).float()
     key, path = _run_key(parent, child_digest, rows, settings, compute_dtype), work_folder / _STATE_FILE
     run = _start(child, settings)
-    if _load_state(path, run, key):
-        log.info("going on from step %d", run.step)
+    _load_state(path, run, key)
     num_steps = -(-len(rows) // settings.rows_per_step)
 
     def save(state: _Run) -> None:
@@ -259,7 +257,7 @@ def uptrain_child(
             _save_state(path, state, key)
 
     hooks = _round_activations(run.model) if compute_dtype == "bfloat16" else []
-    _train(run, teacher, rows, settings, autocast=compute_dtype == "bfloat16", save=save, progress=progress)
+    _train(run, teacher, rows, settings, autocast=bool(hooks), save=save, progress=progress)
     for hook in hooks:
         hook.remove()
     model = run.model.to(stored_dtype).eval()

@@ -199,10 +199,13 @@ class Refresh:
                     tags={"puzzle_dag/refresh": self._plan.profile.name},
                 )
                 return Outcome(item, "ran", tuple(reasons), time.perf_counter() - start_s)
+            except DagsterAssetCheckFailedError:
+                # It was materialized; what the check that did not pass keeps from running, `_heed_checks` sees to.
+                return Outcome(item, "ran", tuple(reasons), time.perf_counter() - start_s)
             except Exception as error:
                 _LOG.warning("%s failed (attempt %d of %d)", item, attempt, self._max_attempts, exc_info=not isinstance(error, ValueError))
                 problem = f"{type(error).__name__}: {error}"
-                if isinstance(error, ValueError | DagsterAssetCheckFailedError):
+                if isinstance(error, ValueError):
                     break
         return Outcome(item, "failed", (problem,), time.perf_counter() - start_s)
 

@@ -1,13 +1,15 @@
 """How a refresh deals with failures, selections, failed checks and bad input, on the library's part of the graph."""
 
-import multiprocessing
+import subprocess
+import sys
 import time
+from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from micro_project import Project, make_project
+from micro_project import CHECKOUT, Project, make_project
 
 from assets.refresh import RefreshRecord
 from assets.scenarios import add_scenario
@@ -120,7 +122,7 @@ def test_an_unknown_asset_is_named(started: Project) -> None:
     ("file", "edit", "message"),
     [
         ("profiles/micro.yaml", {"search_space__ffn": ["w256"]}, "wider than the parent"),
-        ("profiles/micro.yaml", {"search_space__attention": ["kv3"]}, "use a divisor"),
+        ("profiles/micro.yaml", {"search_space__attention": ["kv3"]}, "can't be merged"),
         ("profiles/micro.yaml", {"targets": ["nowhere"]}, "nowhere.yaml does not exist"),
         ("scenarios/micro-small.yaml", {"target": "nowhere"}, "doesn't measure"),
         ("targets/micro-eager.yaml", {"input_length": -1}, "greater than 0"),
@@ -156,28 +158,29 @@ def test_a_full_disk_is_found_before_anything_is_written(
     micro_parent_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project = make_project(tmp_path / "full", micro_parent_folder)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: (10, 10, 0))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: namedtuple("usage", "total used free")(10, 10, 0))
     with pytest.raises(DiskFullError, match="activations need"):
         project.refresh(select=FIRST)
 
 
-def _hold(path: Path, held: Any) -> None:
-    with lease(path):
-        held.set()
-        time.sleep(1.0)
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from resources.device import lease
+with lease(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(1)
+"""
 
 
 def test_the_device_is_leased_to_one_process(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    held = context.Event()
-    other = context.Process(target=_hold, args=(tmp_path / "lock", held))
-    other.start()
-    assert held.wait(60)
-    start_s = time.perf_counter()
-    with lease(tmp_path / "lock"):
-        waited_s = time.perf_counter() - start_s
-    other.join()
-    assert waited_s > 0.5 and other.exitcode == 0
+    lock = tmp_path / "lock"
+    with subprocess.Popen([sys.executable, "-c", _HOLDER, str(lock)], stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        start_s = time.perf_counter()
+        with lease(lock):
+            waited_s = time.perf_counter() - start_s
+    assert waited_s > 0.5 and other.returncode == 0
 
 
 def test_a_value_that_was_never_made_says_what_to_do(tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from puzzle_dag.progress import Progress, silent
 log = logging.getLogger(__name__)
 
 _LOG_TAIL_LINES = 40
-_SILENCE_LIMIT_S = {"eager": 240.0, "compiled": 1200.0}
+_SILENCE_LIMIT_S = {"eager": 300.0, "compiled": 1200.0}
+_SILENCE_LIMIT_MULTIPROCESS_S = 900.0
 
 
 class VllmMissingError(ValueError):
@@ -78,9 +79,14 @@ def _build_environment(jobs: Sequence[EngineJob], hardware: Hardware) -> dict[st
     if hardware.kind == "cpu":
         environment["OMP_NUM_THREADS"] = str(hardware.num_threads)
     if multiprocess:
-        # Lets our own function that counts weight bytes travel to the engine's processes; they are our children.
+        # Lets our own function that counts KV bytes travel to the engine's processes; they are our children.
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     return environment
+
+
+def _silence_limit_s(jobs: Sequence[EngineJob]) -> float:
+    multiprocess_s = _SILENCE_LIMIT_MULTIPROCESS_S if jobs[0].settings.multiprocess else 0.0
+    return max(multiprocess_s, *(_SILENCE_LIMIT_S[j.settings.mode] for j in jobs))
 
 
 def _read_lines(channel: int, silence_limit_s: float) -> Iterator[dict[str, Any]]:
@@ -169,7 +175,8 @@ def run_engines(
         jobs: what to measure; names must differ, and all serve with the same `multiprocess`.
         on_result: called with each result as soon as it is there, so that the caller can store it.
         progress: called after each engine ("engines").
-        silence_limit_s: a worker that says nothing for this long is ended; by default 240 s eager, 1,200 s compiled.
+        silence_limit_s: a worker that says nothing for this long is ended; by default 300 s eager, 900 s with an engine
+            core of its own (which imports vLLM twice more), 1,200 s compiled.
         hardware: this machine, by default as detected.
 
     Raises:
@@ -180,7 +187,7 @@ def run_engines(
         return []
     version, hardware = read_engine_version(), hardware or detect_hardware()
     assert len({j.name for j in jobs}) == len(jobs) and len({j.settings.multiprocess for j in jobs}) == 1
-    limit_s = silence_limit_s or max(_SILENCE_LIMIT_S[j.settings.mode] for j in jobs)
+    limit_s = silence_limit_s or _silence_limit_s(jobs)
     results: dict[str, EngineResult] = {}
 
     def take(job: EngineJob, content: dict[str, Any]) -> None:

@@ -34,10 +34,15 @@ def _send(channel: int, event: str, **content: Any) -> None:
     os.write(channel, (json.dumps({"event": event, **content}) + "\n").encode())
 
 
-def _die_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends, so that a killed client leaves no engine behind."""
+def _follow_parent(death_signal: signal.Signals) -> None:
+    """Ask Linux to send this process a signal when its parent ends."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, death_signal)
+
+
+def _end_group(*_: Any) -> None:
+    """End this process and all it started: it leads a group of its own, which vLLM's engine processes stay in."""
+    os.killpg(0, signal.SIGKILL)
 
 
 def count_prefill_tokens(workload: Workload) -> int:
@@ -144,6 +149,11 @@ def _time_batches(llm: Any, job: EngineJob, vocab_size: int, channel: int) -> li
     return [BatchTimes(b, tuple(p for p, _ in pairs), tuple(t for _, t in pairs)) for b, pairs in seconds.items()]
 
 
+def _count_kv_bytes_per_token(worker: Any) -> float:
+    """Return the bytes a token takes in one of the engine's workers; runs there, since a reply of vLLM's own types never arrives."""
+    return float(sum(spec.page_size_bytes / spec.block_size for spec in worker.get_kv_cache_spec().values()))
+
+
 def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="puzzle-dag-engine-") as scratch:
         folder, config = _read_config(job, Path(scratch))
@@ -152,8 +162,7 @@ def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
         start_s = time.perf_counter() - start
         _send(channel, "alive", name=job.name)
         times = _time_batches(llm, job, config["vocab_size"], channel)
-        specs = llm.collective_rpc("get_kv_cache_spec")
-        kv_bytes = sum(s.page_size_bytes / s.block_size for worker in specs for s in worker.values())
+        kv_bytes = sum(llm.collective_rpc(_count_kv_bytes_per_token))
         cache = llm.llm_engine.vllm_config.cache_config
         if job.settings.multiprocess:
             llm.llm_engine.engine_core.shutdown()
@@ -175,7 +184,8 @@ def _run_forked(job: EngineJob, channel: int) -> None:
     if process == 0:
         status = 1
         try:
-            _die_with_parent()
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            _follow_parent(signal.SIGKILL)
             _send(channel, "result", result=_measure(job, channel))
             status = 0
         except Exception:
@@ -212,7 +222,9 @@ def main(arguments: list[str]) -> None:
     jobs = [EngineJob.from_json(j) for j in json.loads(Path(arguments[0]).read_text())]
     channel = int(arguments[1])
     os.set_inheritable(channel, False)
-    _die_with_parent()
+    if os.getpgid(0) == os.getpid():  # started by the client: a killed client must not leave engines behind
+        signal.signal(signal.SIGTERM, _end_group)
+        _follow_parent(signal.SIGTERM)
     _import_engine()
     gc.collect()
     gc.freeze()

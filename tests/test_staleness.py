@@ -11,6 +11,9 @@ import pytest
 from micro_project import Project, make_project
 from ticking_engine import TickingEngine
 
+from assets.definitions import build_definitions
+from assets.plan import make_plan
+
 LAYERS = ("L00", "L01")
 SCENARIOS = ("micro-small", "micro-light")
 AFTER_A_CHILD = ("uptrained_child", "accuracy", "serving")
@@ -163,6 +166,52 @@ def test_a_removed_scenario_leaves_the_frontier(project: Project) -> None:
     assert [r["scenario"] for r in project.workspace.shelf.value("frontier")["rows"]] == ["micro-small"]
     project.edit(project.profile_file, scenarios=list(SCENARIOS))
     assert set(project.refresh().ran) == {"frontier", "tables"}  # what was known of it still holds
+
+
+def test_an_infeasible_scenario_fails_alone_and_says_what_can_be_had(project: Project) -> None:
+    file = project.root / "conf" / "scenarios" / "micro-light.yaml"
+    feasible, before = file.read_text(), solutions(project)
+    project.edit(file, constraints={"memory_bytes": {"at_most": 0.01, "relative_to": "parent", "at": {"batch": 2, "length": 20}}})
+    record = project.refresh()
+    assert [str(o.item) for o in record.of("failed")] == ["solution[micro-light]"] and not record.ok
+    assert "memory_bytes" in record.of("failed")[0].reasons[0] and "the best value" in record.of("failed")[0].reasons[0]
+    assert set(record.ran) == {"scenario_spec[micro-light]", "frontier", "tables"}
+    rows = {r["scenario"]: r for r in project.workspace.shelf.value("frontier")["rows"]}
+    # Nothing is left of the former child: it is not of this scenario.
+    assert rows["micro-light"]["measured_speedup"] is None and rows["micro-small"]["measured_speedup"] is not None
+    file.write_text(feasible)
+    assert set(project.refresh().ran) == {"scenario_spec[micro-light]", "solution[micro-light]", "frontier", "tables"}
+    assert solutions(project) == before
+
+
+def test_one_click_in_the_ui_refreshes(project: Project) -> None:
+    file = project.root / "conf" / "scenarios" / "micro-small.yaml"
+    project.edit(file, description="Another description.")
+    with project.instance() as instance:
+        definitions = build_definitions(make_plan(project.root, "micro"))
+        name = next(job.name for job in definitions.jobs or [] if "refresh" in job.name)
+        result = definitions.resolve_job_def(name).execute_in_process(instance=instance)
+        assert result.success
+    assert project.workspace.shelf.value("scenario_spec", "micro-small")["description"] == "Another description."
+    assert project.refresh().ran == []
+
+
+def test_a_failing_stage_fails_the_click(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr("puzzle_dag.search.solve.solve_scenario", broken)
+    with project.instance() as instance:
+        definitions = build_definitions(make_plan(project.root, "micro"))
+        job = definitions.resolve_job_def(next(job.name for job in definitions.jobs or [] if "refresh" in job.name))
+        result = job.execute_in_process(
+            instance=instance,
+            raise_on_error=False,
+            run_config={"ops": {job.nodes[0].name: {"config": {"remake": ["solution[micro-small]"]}}}},
+        )
+    assert not result.success
+    monkeypatch.undo()
+    assert project.refresh().ran == []  # what was there before is still good
 
 
 def test_another_parent_makes_all_anew_but_not_the_costs(project: Project, engine: TickingEngine, save_parent) -> None:

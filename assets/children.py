@@ -11,6 +11,7 @@ from assets.plan import Plan
 from assets.versions import stage_version
 from puzzle_dag.architecture import Block, layer_key
 from puzzle_dag.progress import ProgressLog
+from puzzle_dag.store import Artifact
 from resources.workspace import Workspace
 
 CHECKPOINT = "checkpoint"
@@ -95,22 +96,66 @@ def _child_asset(plan: Plan) -> dg.AssetsDefinition:
     return child
 
 
-def _uptrained_child_asset(plan: Plan) -> dg.AssetsDefinition:
+_UPTRAINING = ["puzzle_dag.children.uptrain", "puzzle_dag.corpus.tokens"]
+
+
+def _uptrain_settings(plan: Plan) -> dict[str, Any]:
     profile = plan.profile
-    stages = ["puzzle_dag.children.uptrain", "puzzle_dag.corpus.tokens", "puzzle_dag.children.divergence"]
-    settings = {
+    return {
         "uptrain": profile.uptrain.model_dump(),
         "dtype": profile.dtype,
         "row_length": profile.tokens.row_length,
         "seed": profile.seed,
     }
 
+
+def _uptrain(plan: Plan, workspace: Workspace, scenario: str, child: dict[str, Any]) -> Artifact:
+    """Return the healed child: from the store where just this child was healed just so before."""
+    from puzzle_dag.children.uptrain import uptrain_child
+    from puzzle_dag.corpus.tokens import build_tokens
+    from puzzle_dag.store import digest_tensors
+
+    profile, parent = plan.profile, workspace.load_parent()
+    rows = build_tokens(
+        profile.corpus,
+        parent.tokenizer,
+        num_tokens=workspace.read_scenario(scenario).uptrain.tokens,
+        row_length=profile.tokens.row_length,
+        purpose="uptrain",
+        seed=profile.seed,
+        root=plan.root,
+    )
+    inputs = {
+        "versions": {s: stage_version(s) for s in _UPTRAINING},
+        "parent": parent.digest,
+        "child": child["digest"],
+        "rows": digest_tensors({"rows": rows}),
+        **_uptrain_settings(plan),
+    }
+
+    def train(folder: Path) -> tuple[str, dict[str, Any]]:
+        report = uptrain_child(
+            parent,
+            workspace.store.folder("child", child["key"]) / CHECKPOINT,
+            rows,
+            profile.uptrain,
+            folder / CHECKPOINT,
+            compute_dtype=profile.dtype,
+            work_folder=workspace.var / "uptraining" / scenario,
+            progress=ProgressLog(f"uptraining {scenario}"),
+        )
+        return report.digest, {**asdict(report), "flops_per_s": report.flops_per_s}
+
+    return workspace.keep("uptrained_child", inputs, train)
+
+
+def _uptrained_child_asset(plan: Plan) -> dg.AssetsDefinition:
     @dg.asset(
         **plan.options(
             "uptrained_child",
             deps=["child", "parent", "corpus", "tokens"],
-            stages=stages,
-            settings=settings,
+            stages=[*_UPTRAINING, "puzzle_dag.children.divergence"],
+            settings=_uptrain_settings(plan),
             partitions=plan.partitions.scenarios,
             kinds=("pytorch", "huggingface"),
             device=True,
@@ -118,46 +163,10 @@ def _uptrained_child_asset(plan: Plan) -> dg.AssetsDefinition:
         )
     )
     def uptrained_child(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        from puzzle_dag.children.uptrain import uptrain_child
-        from puzzle_dag.corpus.tokens import build_tokens
-        from puzzle_dag.store import digest_tensors
-
         child = workspace.shelf.value("child", context.partition_key)
-        budget = workspace.read_scenario(context.partition_key).uptrain.tokens
         with workspace.device():
-            time, parent = Stopwatch(), workspace.load_parent()
-            rows = build_tokens(
-                profile.corpus,
-                parent.tokenizer,
-                num_tokens=budget,
-                row_length=profile.tokens.row_length,
-                purpose="uptrain",
-                seed=profile.seed,
-                root=plan.root,
-            )
-            versions = {s: stage_version(s) for s in stages[:2]}
-            inputs = {
-                "versions": versions,
-                "parent": parent.digest,
-                "child": child["digest"],
-                "rows": digest_tensors({"rows": rows}),
-                **settings,
-            }
-
-            def train(folder: Path) -> tuple[str, dict[str, Any]]:
-                report = uptrain_child(
-                    parent,
-                    workspace.store.folder("child", child["key"]) / CHECKPOINT,
-                    rows,
-                    profile.uptrain,
-                    folder / CHECKPOINT,
-                    compute_dtype=profile.dtype,
-                    work_folder=workspace.var / "uptraining" / context.partition_key,
-                    progress=ProgressLog(f"uptraining {context.partition_key}"),
-                )
-                return report.digest, {**asdict(report), "flops_per_s": report.flops_per_s}
-
-            made = workspace.keep("uptrained_child", inputs, train)
+            time = Stopwatch()
+            made = _uptrain(plan, workspace, context.partition_key, child)
             divergence = _divergence(workspace, made.folder / CHECKPOINT)
         report = {k: v for k, v in made.metadata.items() if k != "curve"}
         value = {"child": child["digest"], "key": made.folder.name, "digest": made.digest, "divergence": divergence, "report": report}

@@ -1,6 +1,6 @@
 """Costs: what each variant costs on each target, measured with the engine that will serve."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -28,6 +28,17 @@ def _draw(costs: "CostTable") -> bytes:
         by_batch = curves[row.place].setdefault(row.variant, {})
         by_batch[row.batch] = by_batch.get(row.batch, 0.0) + row.seconds
     return cost_curves(curves["attention"], curves["ffn"], title=costs.target.name)
+
+
+def _metadata(costs: "CostTable") -> dict[str, Any]:
+    rows = [{"batch": r.batch, "phase": r.phase, "place": r.place, "variant": r.variant, "seconds": r.seconds} for r in costs.rows]
+    return {
+        "num_engines": costs.num_engines,
+        "hardware": costs.rows[0].hardware,
+        "engine_version": costs.rows[0].engine_version,
+        "costs": table(rows),
+        "picture": picture(_draw(costs), "seconds a layer"),
+    }
 
 
 def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
@@ -66,7 +77,6 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
             )
         path = workspace.tables / "costs" / f"{context.partition_key}.parquet"
         costs.write(path)
-        rows = [{"batch": r.batch, "phase": r.phase, "place": r.place, "variant": r.variant, "seconds": r.seconds} for r in costs.rows]
         return materialised(
             context,
             plan,
@@ -79,14 +89,7 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
             },
             data_version=costs.digest,
             files=[path],
-            metadata={
-                "num_engines_run": num_engines_run,
-                "num_engines": costs.num_engines,
-                "hardware": costs.rows[0].hardware,
-                "engine_version": costs.rows[0].engine_version,
-                "costs": table(rows),
-                "picture": picture(_draw(costs), "seconds a layer"),
-            },
+            metadata={"num_engines_run": num_engines_run, **_metadata(costs)},
             time=time,
         )
 

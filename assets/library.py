@@ -1,5 +1,7 @@
 """The block library: every variant of a layer, initialised, trained, kept in the store."""
 
+from typing import Any
+
 import dagster as dg
 
 from assets.materialise import Stopwatch, materialised, picture, table
@@ -14,6 +16,18 @@ from resources.workspace import Workspace
 def space_from_json(value: dict[str, list[str]]) -> LayerSpace:
     """Return the space that a record of `search_space` says."""
     return LayerSpace(tuple(map(Attention.parse, value["attention"])), tuple(map(FFN.parse, value["ffn"])))
+
+
+def _metadata(layer: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from puzzle_dag.report.pictures import loss_bars
+
+    losses = {f"{r['place']}/{r['variant']}": (r["loss_initial"], r["loss_trained"]) for r in rows}
+    return {
+        "num_variants": len(rows),
+        "num_trained": sum(not r["was_cached"] for r in rows),
+        "losses": table([{k: r[k] for k in ("place", "variant", "loss_initial", "loss_trained", "was_cached")} for r in rows]),
+        "picture": picture(loss_bars(losses, title=layer), "loss before and after training"),
+    }
 
 
 def library_assets(plan: Plan) -> list[dg.AssetsDefinition]:
@@ -37,7 +51,6 @@ def library_assets(plan: Plan) -> list[dg.AssetsDefinition]:
     def block_library(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         from puzzle_dag.library.activations import ActivationCache
         from puzzle_dag.library.build import build_layer, report_rows
-        from puzzle_dag.report.pictures import loss_bars
 
         layer = layer_index(context.partition_key)
         space = workspace.shelf.value("search_space", context.partition_key)
@@ -58,7 +71,6 @@ def library_assets(plan: Plan) -> list[dg.AssetsDefinition]:
         rows = report_rows(layer, reports)
         manifest = pieces.to_json()
         digests = {**{n: a["digest"] for n, a in manifest["artifacts"].items()}, **manifest["parents"]}
-        losses = {f"{r.place}/{r.variant}": (r.loss_initial, r.loss_trained) for r in reports}
         return materialised(
             context,
             plan,
@@ -69,12 +81,7 @@ def library_assets(plan: Plan) -> list[dg.AssetsDefinition]:
                 write_rows(workspace.tables / "library" / f"{context.partition_key}.parquet", rows),
                 *(a.folder / "tensors.safetensors" for a in pieces.artifacts.values()),
             ],
-            metadata={
-                "num_variants": len(reports),
-                "num_trained": sum(not r.was_cached for r in reports),
-                "losses": table([{k: r[k] for k in ("place", "variant", "loss_initial", "loss_trained", "was_cached")} for r in rows]),
-                "picture": picture(loss_bars(losses, title=context.partition_key), "loss before and after training"),
-            },
+            metadata=_metadata(context.partition_key, rows),
             time=time,
         )
 

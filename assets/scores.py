@@ -103,7 +103,8 @@ def _score_table_asset(plan: Plan) -> dg.AssetsDefinition:
         from puzzle_dag.report.pictures import score_heat_map
 
         groups = [workspace.shelf.value("layer_group", g)["scores"] for g in plan.partitions.groups.get_partition_keys()]
-        layers = {layer: rows for group in groups for layer, rows in group.items()}
+        # JSON sorts its keys, and "L100" comes before "L99".
+        layers = dict(sorted(((layer, rows) for group in groups for layer, rows in group.items()), key=lambda entry: layer_index(entry[0])))
         rows = [row for layer in layers.values() for row in layer]
         heat_map = score_heat_map([{r["block"]: r["kl"] for r in layer} for layer in layers.values()], title=plan.profile.name)
         return materialised(

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import sys
 import textwrap
 import time
@@ -44,6 +45,14 @@ def make_target(**changes) -> Target:
         "batch_sizes": (1, 2), "repeats": 2, "engines_per_probe": 1,
     }  # fmt: skip
     return Target(**{**fields, **changes})
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def make_jobs(*names: str) -> list[EngineJob]:
@@ -130,14 +139,46 @@ def test_a_silent_worker_is_ended_with_all_it_started(fake_worker, tmp_path):
             time.sleep(600)
     """)
     start = time.monotonic()
-    with pytest.raises(EngineFailedError, match="'a' failed twice: the worker was silent for 2 s and was ended"):
-        run_engines(make_jobs("a"), silence_limit_s=2.0)
-    assert time.monotonic() - start < 30
+    with pytest.raises(EngineFailedError, match="'a' failed twice: the worker was silent for 5 s and was ended"):
+        run_engines(make_jobs("a"), silence_limit_s=5.0)
+    assert time.monotonic() - start < 60
     pids = [int(p) for p in (tmp_path / "pids").read_text().split()]
-    assert len(pids) == 2
-    for pid in pids:
-        status = Path(f"/proc/{pid}/stat")
-        assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert pids, "a worker that has started nothing shows nothing"
+    assert not any(is_running(p) for p in pids)
+
+
+def test_a_worker_ends_with_its_client(tmp_path):
+    """A client that is killed outright leaves no worker, and nothing that a worker started."""
+    source = f"""
+        import os, subprocess, sys, time
+        from puzzle_dag.engine import worker
+        def import_engine():
+            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+            open({str(tmp_path / "pids")!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+            time.sleep(600)
+        worker._import_engine = import_engine
+        worker.main(sys.argv[1:])
+    """
+    (tmp_path / "worker.py").write_text(textwrap.dedent(source))
+    client_source = f"""
+        import sys
+        from puzzle_dag.engine import client
+        from puzzle_dag.engine.jobs import EngineJob, EngineSettings, Workload
+        client.worker_command = lambda path, channel: [sys.executable, {str(tmp_path / "worker.py")!r}, str(path), str(channel)]
+        workload = Workload(input_length=8, output_length=4, batch_sizes=(1,), repeats=2)
+        client.run_engines([EngineJob(name="a", config={{}}, settings=EngineSettings(), workload=workload)])
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(client_source)])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text().count(" "):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
+    pids = [int(p) for p in (tmp_path / "pids").read_text().split()]
+    while any(is_running(p) for p in pids):
+        assert time.monotonic() < deadline, "the worker outlived its client"
+        time.sleep(0.1)
 
 
 def test_jobs_have_one_source_and_survive_json():

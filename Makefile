@@ -3,7 +3,7 @@
 # PIP_EXTRA=...   extra arguments for pip, such as an extra index (README, "Installing")
 # PROFILE=...     profile that `make refresh` brings up to date (default: tiny)
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell test -x .venv/bin/python && echo .venv/bin/python || command -v python3.11 || command -v python3)
 PROFILE ?= tiny
 BIN := .venv/bin
 export PIP_EXTRA

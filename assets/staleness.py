@@ -107,12 +107,19 @@ class Staleness:
         if not checks:
             return {}
         latest = self._instance.event_log_storage.get_latest_asset_check_execution_by_key(checks, PartitionKeyFilter(key=item.partition))
-        return {key.name: self._graph.get(key).blocking for key, record in latest.items() if not _passed(record)}
+        return {key.name: self._graph.get(key).blocking for key, record in latest.items() if not self._passed(item, record)}
 
-
-def _passed(record: AssetCheckExecutionRecord) -> bool:
-    # PLANNED: the check was to run, and its run crashed before it could say anything.
-    return record.status == AssetCheckExecutionRecordStatus.SUCCEEDED
+    def _passed(self, item: Item, record: AssetCheckExecutionRecord) -> bool:
+        if record.status == AssetCheckExecutionRecordStatus.PLANNED:
+            made = self._instance.get_latest_data_version_record(self._plan.key(item.asset), False, item.partition)
+            if made is None or made.event_log_entry.run_id != record.run_id:
+                # That run failed before it made anything. What there is was judged by the run that made it.
+                ended = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
+                history = self._instance.event_log_storage.get_asset_check_execution_history(
+                    record.key, limit=1, status=ended, partition_filter=PartitionKeyFilter(key=item.partition)
+                )
+                record = next(iter(history), record)
+        return bool(record.status == AssetCheckExecutionRecordStatus.SUCCEEDED)
 
 
 def _words(cause: StaleCause) -> str:

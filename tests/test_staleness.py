@@ -120,7 +120,10 @@ def test_a_constraint_runs_only_its_scenario(project: Project, engine: TickingEn
 def test_the_same_solution_rebuilds_no_child(project: Project, engine: TickingEngine) -> None:
     before = solutions(project)
     file = project.root / "conf" / "scenarios" / "micro-light.yaml"
-    project.edit(file, constraints={"memory_bytes": {"at_most": 0.750001, "relative_to": "parent", "at": {"batch": 2, "length": 20}}})
+    bound = project.workspace.read_scenario("micro-light").constraints["memory_bytes"]
+    assert bound.at_most is not None
+    looser = {"at_most": bound.at_most + 1e-6, "relative_to": "parent", "at": {"batch": 2, "length": 20}}
+    project.edit(file, constraints={"memory_bytes": looser})
     record = project.refresh()
     assert solutions(project) == before
     assert set(record.ran) == {"scenario_spec[micro-light]", "solution[micro-light]", "frontier", "tables"}

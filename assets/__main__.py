@@ -16,9 +16,21 @@ def _say(line: str = "") -> None:
     sys.stdout.flush()
 
 
+class _PlainLines(logging.Formatter):
+    """Lines as the library wrote them: Dagster, which files them in the run's log, puts job, run and step before each."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return "07:49:46 message"."""
+        message = getattr(record, "dagster_meta", {}).get("orig_message", record.getMessage())
+        line = f"{self.formatTime(record, '%H:%M:%S')} {message}"
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
 def _quiet() -> None:
     """Keep our own progress lines; Dagster, transformers and vLLM tell far more than a person wants to read."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PlainLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     for name in ("dagster", "transformers", "vllm", "httpx", "matplotlib", "lm_eval", "datasets", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")

@@ -15,12 +15,13 @@ import statistics
 from pathlib import Path
 
 from puzzle_dag.architecture import Architecture, Block, variant_union
-from puzzle_dag.config import Profile, Target, read_profile, read_target, resolve_space
+from puzzle_dag.config import Profile, Target, read_profile, read_target
 from puzzle_dag.costs.measure import measure_models, measure_target
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.costs.tabulate import Measurement
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.model.parent import read_parent_shape
+from puzzle_dag.preflight import resolve_spaces
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import ArtifactStore, write_atomically
 
@@ -77,16 +78,7 @@ def measure(
 ) -> tuple[CostTable, list[Measurement]]:
     """Measure the target's costs, then the held-out models."""
     parent = Block.parse(f"kv{shape.num_key_value_heads}/w{shape.intermediate_size}")
-    spaces = [
-        resolve_space(
-            profile.search_space,
-            layer=layer,
-            num_layers=shape.num_hidden_layers,
-            kv_heads=shape.num_key_value_heads,
-            intermediate_size=shape.intermediate_size,
-        )
-        for layer in range(shape.num_hidden_layers)
-    ]
+    spaces = resolve_spaces(profile, shape)
     attentions, ffns = variant_union(spaces)
     table = measure_target(shape, parent, target, attentions, ffns, store, progress=ProgressLog("probes"))
     models = [(parent,) * shape.num_hidden_layers, *draw_architectures([s.blocks for s in spaces], num_models, seed)]

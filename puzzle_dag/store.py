@@ -61,6 +61,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
+def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file as `write_atomically` writes any other; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, name, metadata=metadata)
+        with Path(name).open("rb") as f:
+            os.fsync(f.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """A finished artifact: its folder, the digest of its content and what its manifest says."""

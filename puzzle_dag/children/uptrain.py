@@ -8,7 +8,6 @@ import copy
 import json
 import logging
 import math
-import os
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -28,7 +26,7 @@ from puzzle_dag.model.checkpoint import load_checkpoint, save_checkpoint
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.model.parent import Parent
 from puzzle_dag.progress import Progress, silent
-from puzzle_dag.store import digest_tensors, fingerprint
+from puzzle_dag.store import digest_tensors, fingerprint, write_tensor_file
 
 VERSION = 1
 """Version of the training; part of the asset's code version."""
@@ -116,12 +114,7 @@ def _save_state(path: Path, run: _Run, key: str) -> None:
     for index, state in run.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
     metadata = {"key": key, "seconds": repr(run.seconds), "curve": json.dumps([asdict(p) for p in run.curve])}
-    temporary = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, temporary, metadata=metadata)
-    with temporary.open("rb") as f:
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    write_tensor_file(path, tensors, metadata)
 
 
 def _load_state(path: Path, run: _Run, key: str) -> None:

@@ -8,21 +8,18 @@ it stopped. `manifest.json` is written last: a cache that has one is whole.
 
 import copy
 import json
-import os
-import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from puzzle_dag.library.importance import ImportanceSums, importances, is_sum
 from puzzle_dag.pieces import Split
 from puzzle_dag.progress import Progress, silent
-from puzzle_dag.store import digest_file, digest_tensors, fingerprint, write_atomically
+from puzzle_dag.store import digest_file, digest_tensors, fingerprint, write_atomically, write_tensor_file
 
 if TYPE_CHECKING:
     from puzzle_dag.model.parent import Parent
@@ -40,19 +37,6 @@ class ActivationCacheError(ValueError):
 
 def _boundary_name(boundary: int) -> str:
     return f"hidden.{boundary:03d}"
-
-
-def _write_shard(path: Path, tensors: dict[str, Tensor], inputs: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, name, metadata={"inputs": inputs})
-        with Path(name).open("rb") as f:
-            os.fsync(f.fileno())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def _is_made_from(path: Path, inputs: str) -> bool:
@@ -120,7 +104,8 @@ def collect_activations(
             made_from = fingerprint({**inputs, "split": split, "tokens": digest_tensors({"tokens": chunk})})
             if not _is_made_from(path, made_from):
                 (folder / _MANIFEST).unlink(missing_ok=True)
-                _write_shard(path, _run_shard(model, chunk, dtype=DTYPES[dtype], with_importance=split == "train"), made_from)
+                tensors = _run_shard(model, chunk, dtype=DTYPES[dtype], with_importance=split == "train")
+                write_tensor_file(path, tensors, {"inputs": made_from})
             shards[split].append({"file": path.name, "rows": len(chunk), "digest": digest_file(path)})
             done += chunk.numel()
             progress(done, total, "tokens")
@@ -148,7 +133,7 @@ def _write_importances(parent: "Parent", folder: Path, manifest: dict[str, Any])
                 sums[name] = sums[name] + shard.get_tensor(name) if name in sums else shard.get_tensor(name)
     down = [parent.layer_state(layer, "ffn")["mlp.down_proj.weight"] for layer in range(parent.num_layers)]
     tensors = importances(sums, down, num_tokens)
-    _write_shard(folder / "importance.safetensors", tensors, "")
+    write_tensor_file(folder / "importance.safetensors", tensors, {"inputs": ""})
     manifest["importance"] = digest_tensors(tensors)
 
 

@@ -2,14 +2,13 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaForCausalLM
@@ -18,6 +17,7 @@ from puzzle_dag.corpus.mixture import mix_tokens
 from puzzle_dag.corpus.skills import build_skills
 from puzzle_dag.corpus.world import build_world
 from puzzle_dag.pretrain.recipe import Recipe
+from puzzle_dag.store import write_tensor_file
 
 log = logging.getLogger(__name__)
 
@@ -65,11 +65,7 @@ def _save_state(path: Path, model: nn.Module, optimizers: list[torch.optim.Optim
         for j, state in optimizer.state_dict()["state"].items():
             for k, v in state.items():
                 tensors[f"opt.{i}.{j}.{k}"] = torch.as_tensor(v).detach().clone()
-    temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"step": str(step)})
-    with temporary.open("rb") as f:
-        os.fsync(f.fileno())
-    temporary.replace(path)
+    write_tensor_file(path, tensors, {"step": str(step)})
 
 
 def _load_state(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:

@@ -25,10 +25,8 @@ def _tokens_asset(plan: Plan) -> dg.AssetsDefinition:
         )
     )
     def tokens(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        from safetensors.torch import save_file
-
         from puzzle_dag.corpus.tokens import build_tokens
-        from puzzle_dag.store import digest_tensors
+        from puzzle_dag.store import digest_tensors, write_tensor_file
 
         time, parent = Stopwatch(), workspace.load_parent()
         sizes = {"train": budgets.activations, "score": budgets.scores, "heldout": min(budgets.activations, _HELDOUT_TOKENS)}
@@ -45,7 +43,7 @@ def _tokens_asset(plan: Plan) -> dg.AssetsDefinition:
             for purpose, num_tokens in sizes.items()
         }
         path = workspace.var / "tokens.safetensors"
-        save_file(rows, path)
+        write_tensor_file(path, rows, {})
         value = {"file": path.name, "num_tokens": {k: v.numel() for k, v in rows.items()}, "row_length": budgets.row_length}
         return materialised(
             context,

@@ -1,14 +1,15 @@
-"""What each part of the method buys: one row a seed and arm, all children under the same constraints.
+"""What each part of the method buys: one row a scenario, seed and arm, all children of a scenario under the same constraints.
 
 Arms, each with and without global distillation (GKD): the integer program (MIP) on the trained library, started in
 closed form; greedy, largest-parameters and random choices from that same library (Puzzle, appendix F.2); the MIP on
 a library without block-wise distillation (BLD); and both again from the paper's initialisations. Everything else is
 equal: the cost table, the tokens, the settings. A seed changes the tokens of every stage and the order of training.
 
-    python benchmarks/ablation.py --profile tiny --scenario throughput-1.5x --out var/ablation
+    python benchmarks/ablation.py --profile quality --scenarios throughput-1.5x-quality throughput-2x-quality
 
 Resumable: finished rows in OUT/rows.jsonl are not computed again. Needs the target's costs, which it measures (or
-finds in the store of earlier runs). Prints a table of means over the seeds and each arm's ratio to the first arm.
+finds in the store of earlier runs). Prints a table a scenario, of means over the seeds and each arm's ratio to the first
+arm, and one of what each library's variants cost alone: there one sees what initialisation and BLD do before any search.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 
-from puzzle_dag.architecture import LayerSpace, variant_union
+from puzzle_dag.architecture import Block, LayerSpace, variant_union
 from puzzle_dag.children.assemble import assemble_child, num_parameters
 from puzzle_dag.children.divergence import measure_divergence
 from puzzle_dag.children.evaluate import TaskResult, evaluate_checkpoint, evaluate_model
@@ -78,7 +79,7 @@ class Bench:
     """What all seeds and arms share."""
 
     profile: Profile
-    scenario: Scenario
+    scenarios: list[Scenario]
     parent: Parent
     spaces: list[LayerSpace]
     costs: dict[str, PieceCosts]
@@ -122,7 +123,7 @@ def build_library(bench: Bench, cache: ActivationCache, arm: Arm, seed: int) -> 
     return pieces, scores
 
 
-def select(bench: Bench, arm: Arm, scores: list[list[BlockScore]], seed: int) -> Solution:
+def select(bench: Bench, scenario: Scenario, arm: Arm, scores: list[list[BlockScore]], seed: int) -> Solution:
     """Pick the arm's architecture; every selection meets the scenario's constraints."""
     choosers: dict[str, Callable[..., Solution]] = {
         "mip": solve_scenario,
@@ -130,7 +131,19 @@ def select(bench: Bench, arm: Arm, scores: list[list[BlockScore]], seed: int) ->
         "largest": largest_parameters_solution,
         "random": partial(random_solution, seed=seed),
     }
-    return choosers[arm.selection](scores, bench.costs, bench.scenario, bench.parent.block)
+    return choosers[arm.selection](scores, bench.costs, scenario, bench.parent.block)
+
+
+def single_kl(bench: Bench, scores: list[list[BlockScore]]) -> dict[str, float]:
+    """Return, for each variant, the mean over the layers of the KL where it alone is exchanged, the layer's other place kept."""
+    own, values = bench.parent.block, dict[str, list[float]]()
+    for layer in scores:
+        for score in layer:
+            block = Block.parse(score.block)
+            if (block.attention == own.attention) != (block.ffn == own.ffn):
+                name = f"FFN {block.ffn.name}" if block.attention == own.attention else f"attention {block.attention.name}"
+                values.setdefault(name, []).append(score.kl)
+    return {name: statistics.mean(found) for name, found in values.items()}
 
 
 def grade(bench: Bench, folder: Path, seed: int) -> dict[str, float | None]:
@@ -142,12 +155,12 @@ def grade(bench: Bench, folder: Path, seed: int) -> dict[str, float | None]:
     return {"kl": divergence.kl.mean, "kl_stderr": divergence.kl.stderr, "retention": kept.value, "retention_stderr": kept.stderr}
 
 
-def run_arm(bench: Bench, cache: ActivationCache, arm: Arm, seed: int) -> dict[str, Any]:
+def run_arm(bench: Bench, scenario: Scenario, cache: ActivationCache, arm: Arm, seed: int) -> dict[str, Any]:
     """Return the arm's row: what it picked, what that scores before and after GKD."""
     started = time.perf_counter()
     pieces, scores = build_library(bench, cache, arm, seed)
-    solution = select(bench, arm, scores, seed)
-    folder = bench.out / f"child-{seed}-{ARMS.index(arm)}"
+    solution = select(bench, scenario, arm, scores, seed)
+    folder = bench.out / f"child-{scenario.name}-{seed}-{ARMS.index(arm)}"
     assemble_child(bench.parent, solution.architecture, pieces, folder)
     rows = bench.tokens("uptrain", bench.uptrain_tokens, seed)
     healed = folder.with_name(folder.name + "-gkd")
@@ -155,11 +168,13 @@ def run_arm(bench: Bench, cache: ActivationCache, arm: Arm, seed: int) -> dict[s
         bench.parent, folder, rows, bench.profile.uptrain, healed, compute_dtype=bench.profile.dtype, work_folder=bench.out / "work"
     )
     return {
+        "scenario": scenario.name,
         "seed": seed,
         "arm": arm.name,
         "blocks": [b.name for b in solution.architecture],
         "batch": solution.batch,
         "summed_score": solution.objective,
+        "single_kl": single_kl(bench, scores),
         "predicted": solution.predicted,
         "parameters": num_parameters(load_checkpoint(folder)),
         "before_gkd": grade(bench, folder, seed),
@@ -187,10 +202,20 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             print(f"| {arm.name} | {kl} | {healed_kl[0]} | {healed_kl[1] / first:.2f} | {kept} | {healed} | {num_seeds} |")
 
 
+def print_library_table(rows: list[dict[str, Any]]) -> None:
+    """Print what each variant alone costs in KL, by how the library was made: mean over layers and seeds."""
+    arms = [arm for arm in ARMS if arm.selection == "mip" and any(r["arm"] == arm.name for r in rows)]
+    by_arm = {arm.name: [r["single_kl"] for r in rows if r["arm"] == arm.name] for arm in arms}
+    print("| variant | " + " | ".join(arm.name.removeprefix("MIP, ") for arm in arms) + " |")
+    print("|---|" + "---|" * len(arms))
+    for variant in sorted(rows[0]["single_kl"]):
+        print(f"| {variant} | " + " | ".join(f"{statistics.mean(r[variant] for r in by_arm[arm.name]):.4f}" for arm in arms) + " |")
+
+
 def prepare(args: argparse.Namespace) -> Bench:
     """Load the parent, measure the target's costs, grade the parent."""
     conf = Path("conf")
-    profile, scenario = read_profile(conf, args.profile), read_scenario(conf, args.scenario)
+    profile, scenarios = read_profile(conf, args.profile), [read_scenario(conf, name) for name in args.scenarios]
     budgets = {"activations": args.activation_tokens, "scores": args.score_tokens}
     profile = profile.model_copy(
         update={
@@ -201,10 +226,11 @@ def prepare(args: argparse.Namespace) -> Bench:
     )
     parent, store = load_parent(profile.parent, Path()), ArtifactStore(args.store)
     spaces = resolve_spaces(profile, parent.config)
-    target = read_target(conf, scenario.target)
-    table = measure_target(parent.config, parent.block, target, *variant_union(spaces), store)
-    costs = {target.name: table.to_piece_costs(parent.config)}
-    bench = Bench(profile, scenario, parent, spaces, costs, store, args.out, args.uptrain_tokens, [])
+    costs: dict[str, PieceCosts] = {}
+    for target in [read_target(conf, name) for name in sorted({s.target for s in scenarios})]:
+        table = measure_target(parent.config, parent.block, target, *variant_union(spaces), store)
+        costs[target.name] = table.to_piece_costs(parent.config)
+    bench = Bench(profile, scenarios, parent, spaces, costs, store, args.out, args.uptrain_tokens, [])
     tasks = args.out / "tasks"
     bench.parent_results = evaluate_model(parent.model, parent.tokenizer, bench.skills, profile.accuracy, profile.corpus, tasks)
     return bench
@@ -214,8 +240,8 @@ def main() -> None:
     """Run what is missing, then print the table."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", default="tiny")
-    parser.add_argument("--scenario", default="throughput-1.5x")
+    parser.add_argument("--profile", default="quality")
+    parser.add_argument("--scenarios", nargs="+", default=["throughput-1.5x-quality", "throughput-2x-quality"])
     parser.add_argument("--out", type=Path, default=Path("var/ablation"))
     parser.add_argument("--store", type=Path, default=Path("var/store"), help="artifact store; the workflow's own by default")
     parser.add_argument("--seeds", type=int, default=3)
@@ -227,18 +253,24 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done = {(r["seed"], r["arm"]) for r in rows}
+    done = {(r["scenario"], r["seed"], r["arm"]) for r in rows}
     bench = prepare(args)
     for seed in range(args.seeds):
-        wanted = [arm for arm in ARMS if (seed, arm.name) not in done]
+        wanted = [(s, arm) for s in bench.scenarios for arm in ARMS if (s.name, seed, arm.name) not in done]
         cache = collect(bench, seed) if wanted else None
-        for arm in wanted:
+        for scenario, arm in wanted:
             assert cache is not None
-            rows.append(run_arm(bench, cache, arm, seed))
+            rows.append(run_arm(bench, scenario, cache, arm, seed))
             with path.open("a") as f:
                 f.write(json.dumps(rows[-1]) + "\n")
-            log.info("seed %d, %s: after GKD %s, %.0f s", seed, arm.name, rows[-1]["after_gkd"], rows[-1]["seconds"])
-    print_table(rows)
+            log.info(
+                "%s, seed %d, %s: after GKD %s, %.0f s", scenario.name, seed, arm.name, rows[-1]["after_gkd"], rows[-1]["seconds"]
+            )
+    for scenario in bench.scenarios:
+        print(f"\n{scenario.name}\n")
+        print_table([r for r in rows if r["scenario"] == scenario.name])
+    print("\nKL of one variant alone\n")
+    print_library_table(rows)
 
 
 if __name__ == "__main__":

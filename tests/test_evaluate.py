@@ -148,6 +148,18 @@ def test_unknown_skill_is_named_with_those_there_are(tmp_path: Path) -> None:
         write_tasks(["skill_cook"], tmp_path, num_items=5, world_seed=7)
 
 
+def test_a_task_can_have_more_items_than_the_others(tmp_path: Path) -> None:
+    write_tasks(["skill_copy", "stdlib_cloze"], tmp_path, num_items=20, task_items={"stdlib_cloze": 4500}, world_seed=7)
+    counts = {name: len((tmp_path / f"{name}.jsonl").read_text().splitlines()) for name in ("skill_copy", "stdlib_cloze")}
+    assert counts == {"skill_copy": 20, "stdlib_cloze": 4500}
+
+
+@pytest.mark.parametrize("name", ["hellaswag", "stdlib_cloze"])  # not ours; not asked for
+def test_items_of_a_task_that_is_not_graded_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"task_items names '{name}'.*skill_copy"):
+        AccuracySettings(tasks=("skill_copy", "hellaswag"), task_items={name: 10})
+
+
 def test_too_many_cloze_items_say_how_many_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"1000000 asked, the held-out library gives \d+ cloze items"):
         write_tasks(["stdlib_cloze"], tmp_path, num_items=1_000_000, world_seed=7)

@@ -106,7 +106,7 @@ def _run_lm_eval(model: PuzzleDagForCausalLM, tokenizer: Any, settings: Accuracy
 
     from puzzle_dag.children.shared_context import SharedContextLM
 
-    include_path, progress = options["include_path"], options["progress"]
+    include_path, progress, hub = options["include_path"], options["progress"], not all(is_local(n) for n in names)
     for noisy in ("lm_eval", "datasets", "httpx"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
@@ -115,8 +115,8 @@ def _run_lm_eval(model: PuzzleDagForCausalLM, tokenizer: Any, settings: Accuracy
         model=SharedContextLM(model, tokenizer, batch_size=settings.batch_size, progress=progress),
         tasks=list(names),
         num_fewshot=settings.num_fewshot,
-        limit=None if all(is_local(n) for n in names) else settings.num_items,
-        task_manager=TaskManager(include_path=str(include_path), include_defaults=not all(is_local(n) for n in names)),
+        limit=settings.num_items if hub else None,  # our own tasks' files hold as many items as are asked for
+        task_manager=TaskManager(include_path=str(include_path), include_defaults=hub),
         bootstrap_iters=0,
         log_samples=True,
     )
@@ -135,12 +135,17 @@ def evaluate_model(
 ) -> list[TaskResult]:
     """Grade a loaded model; arguments and errors as for `evaluate_checkpoint`."""
     world_seed = corpus.world_seed if isinstance(corpus, BundledCorpus) else _DEFAULT_WORLD_SEED
-    write_tasks(tasks, data_folder, num_items=settings.num_items, world_seed=world_seed, seed=seed)
-    found = _run_lm_eval(model, tokenizer, settings, tasks, include_path=data_folder, progress=progress)
+    write_tasks(tasks, data_folder, num_items=settings.num_items, task_items=settings.task_items, world_seed=world_seed, seed=seed)
+    found: dict[str, list[Any]] = {}
+    for names in ([t for t in tasks if is_local(t)], [t for t in tasks if not is_local(t)]):
+        if names:
+            answered = _run_lm_eval(model, tokenizer, settings, names, include_path=data_folder, progress=progress)
+            for task in names:
+                leaves = answered.get("group_subtasks", {}).get(task) or [task]
+                found[task] = [s for leaf in leaves for s in answered["samples"][leaf]]
     results: list[TaskResult] = []
     for task in tasks:
-        leaves = found.get("group_subtasks", {}).get(task) or [task]
-        samples = [s for leaf in leaves for s in found["samples"][leaf]]
+        samples = found[task]
         if not samples:
             raise TaskResultError(f"task {task}: lm-eval returned no items; check the task's data")
         if "bits_per_byte" in samples[0]["metrics"]:

@@ -9,19 +9,20 @@ import json
 import keyword
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from puzzle_dag.config.profile import BUNDLED_TASK_PREFIXES
 from puzzle_dag.corpus.skills import Item, build_skills, choose
 from puzzle_dag.corpus.tokens import read_stdlib_for
 from puzzle_dag.corpus.world import build_world
 from puzzle_dag.store import fingerprint, write_atomically
 
-VERSION = 1
+VERSION = 2
 """Version of the items; part of the asset's code version."""
 
 CLOZE = "stdlib_cloze"
@@ -31,9 +32,10 @@ SKILL_PREFIX = "skill_"
 _MAX_DOCUMENTS = 64
 _DOCUMENTS_PER_FILE = 4
 _DOCUMENT_CHARACTERS = 700
-_CLOZE_LINES = 8
-_CLOZE_CHARACTERS = 320
-_IDENTIFIER = re.compile(r"(?<= )[A-Za-z_][A-Za-z0-9_]{2,}(?=[(.\[:,)=])")  # what follows is punctuation: code rather than prose
+_MIN_CLOZE_LINES = 4
+_MAX_CLOZE_CHARACTERS = 320
+# What follows is punctuation or an operator: code rather than prose.
+_IDENTIFIER = re.compile(r"(?<= )[A-Za-z_][A-Za-z0-9_]{2,}(?=[(.\[:,)=\]}]| [=+*/%<>!-])")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
 
 
@@ -55,7 +57,7 @@ class TaskFiles:
 
 def is_local(name: str) -> bool:
     """Say whether a task is one of ours; every other name is looked up among lm-eval's own."""
-    return name in (CLOZE, PERPLEXITY) or name.startswith(SKILL_PREFIX)
+    return name.startswith(BUNDLED_TASK_PREFIXES)
 
 
 def skill_items(name: str, num_items: int, world_seed: int, seed: int) -> list[Item]:
@@ -77,13 +79,14 @@ def _cloze_questions(text: str, rng: random.Random) -> Iterator[Item]:
     for place in places:
         line = bisect.bisect_right(starts, place.start()) - 1
         right = place.group()
-        if line < _CLOZE_LINES or keyword.iskeyword(right) or "#" in text[starts[line] : place.start()]:
+        first = bisect.bisect_left(starts, place.start() - 1 - _MAX_CLOZE_CHARACTERS)
+        if line - first < _MIN_CLOZE_LINES or keyword.iskeyword(right) or "#" in text[starts[line] : place.start()]:
             continue
-        context = text[starts[line - _CLOZE_LINES] : place.start() - 1]
+        context = text[starts[first] : place.start() - 1]
         seen = [w for w in dict.fromkeys(_NAME.findall(context)) if not keyword.iskeyword(w)]
         # The right answer must have been seen, like the wrong ones: otherwise novelty alone gives it away. They are
         # of like length, because shorter answers are likelier whatever the model.
-        if right in seen and len(seen) > 3 and len(context) <= _CLOZE_CHARACTERS:
+        if right in seen and len(seen) > 3:
             others = sorted((w for w in seen if w != right), key=lambda w: (abs(len(w) - len(right)), rng.random()))
             yield choose(rng, context, right, others[:3])
 
@@ -138,13 +141,22 @@ def _definition(name: str) -> dict[str, Any]:
     }
 
 
-def write_tasks(names: Sequence[str], folder: Path, *, num_items: int, world_seed: int, seed: int = 0) -> TaskFiles:
+def write_tasks(
+    names: Sequence[str],
+    folder: Path,
+    *,
+    num_items: int,
+    world_seed: int,
+    task_items: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> TaskFiles:
     """Write the local ones of `names` into `folder`; hub tasks are left to lm-eval.
 
     Args:
         names: task names as in a profile.
         folder: where the files go; each is written atomically.
         num_items: items a multiple-choice task.
+        task_items: items of single tasks, in place of `num_items`.
         world_seed: seed of the invented world that the skills ask about; the parent's.
         seed: seed of the items.
 
@@ -155,7 +167,7 @@ def write_tasks(names: Sequence[str], folder: Path, *, num_items: int, world_see
     local = tuple(name for name in names if is_local(name))
     content: dict[str, Any] = {}
     for name in local:
-        rows, definition = _rows(name, num_items, world_seed, seed), _definition(name)
+        rows, definition = _rows(name, (task_items or {}).get(name, num_items), world_seed, seed), _definition(name)
         content[name] = {"rows": rows, "definition": definition}
         data = (folder / f"{name}.jsonl").resolve()
         write_atomically(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

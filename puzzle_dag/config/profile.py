@@ -86,6 +86,10 @@ class UptrainSettings(Settings):
     """Seed of the order of the rows."""
 
 
+BUNDLED_TASK_PREFIXES = ("skill_", "stdlib_")
+"""How the names of our own lm-eval tasks begin; every other name is looked up among lm-eval's."""
+
+
 class AccuracySettings(Settings):
     """What lm-eval grades parent and children on."""
 
@@ -93,10 +97,20 @@ class AccuracySettings(Settings):
     """lm-eval task names; `skill_NAME`, `stdlib_cloze` and `stdlib_perplexity` are the bundled, local ones."""
     num_items: int = Field(default=500, gt=0)
     """Items a task."""
+    task_items: dict[str, Annotated[int, Field(gt=0)]] = Field(default_factory=dict)
+    """Items of single bundled tasks, in place of `num_items`: a task that children fail more often needs more for the same error."""
     batch_size: int = Field(default=32, gt=0)
     """Requests a batch."""
     num_fewshot: int = Field(default=0, ge=0)
     """Solved examples before each question (hub tasks)."""
+
+    @model_validator(mode="after")
+    def _items_of_tasks_of_ours(self) -> "AccuracySettings":
+        for name in self.task_items:
+            if name not in self.tasks or not name.startswith(BUNDLED_TASK_PREFIXES):
+                ours = [t for t in self.tasks if t.startswith(BUNDLED_TASK_PREFIXES)]
+                raise ValueError(f"task_items names {name!r}, which is no bundled task of this profile; they are {ours}")
+        return self
 
 
 class TokenBudgets(Settings):

@@ -19,7 +19,7 @@ from puzzle_dag.corpus.skills import build_skills
 from puzzle_dag.corpus.stdlib import read_stdlib
 from puzzle_dag.corpus.world import build_world
 
-VERSION = 1
+VERSION = 2
 """Version of the streams; part of the asset's code version."""
 
 Purpose = Literal["train", "score", "uptrain", "heldout", "grade"]
@@ -29,7 +29,9 @@ Shares = tuple[tuple[Purpose, int], ...]
 
 # Per cent of a split's files. The parent was trained on the library's train split; nothing was on its held-out split.
 _TRAIN_SHARES: Shares = (("train", 40), ("uptrain", 60))
-_HELDOUT_SHARES: Shares = (("score", 35), ("heldout", 15), ("grade", 50))
+_HELDOUT_SHARES: Shares = (("score", 20), ("heldout", 12), ("grade", 68))
+# A data set's held-out split: lm-eval brings its own items.
+_HUB_HELDOUT_SHARES: Shares = (("score", 60), ("heldout", 40))
 _TEXT_SHARES: Shares = (("train", 42), ("uptrain", 42), ("score", 10), ("heldout", 6))
 
 _CHARACTERS_PER_TOKEN = 2
@@ -76,7 +78,7 @@ def _read_hub(corpus: TextCorpus, purpose: Purpose) -> Iterator[str]:
     split, shares = "train", _TEXT_SHARES
     if heldout is not None and "train" in splits:
         training = purpose in ("train", "uptrain")
-        split, shares = ("train", _TRAIN_SHARES) if training else (heldout, _HELDOUT_SHARES)
+        split, shares = ("train", _TRAIN_SHARES) if training else (heldout, _HUB_HELDOUT_SHARES)
     for index, document in enumerate(datasets.load_dataset(corpus.hub, corpus.subset, split=split, streaming=True)):
         if corpus.text_field not in document:
             raise ValueError(f"corpus.text_field: {corpus.text_field!r} is no column of {corpus.hub}; there are {sorted(document)}")

@@ -134,7 +134,8 @@ def test_cloze_items_are_sound_and_come_from_files_for_grading_only(tmp_path: Pa
     for item in items:
         right = item["choices"][item["answer"]]
         assert len(set(item["choices"])) == 4
-        assert all(choice[0] == " " and choice[1:] in item["context"] for choice in item["choices"])
+        assert all(choice.removeprefix(" ") in item["context"] for choice in item["choices"])
+        assert len({choice[0] == " " for choice in item["choices"]}) == 1
         assert any(item["context"] + right in text for text in texts)
     # nothing but the answer itself gives it away: neither its place among the choices nor its length
     places = [sum(i["answer"] == k for i in items) for k in range(4)]

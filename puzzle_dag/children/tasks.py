@@ -22,7 +22,7 @@ from puzzle_dag.corpus.tokens import read_stdlib_for
 from puzzle_dag.corpus.world import build_world
 from puzzle_dag.store import fingerprint, write_atomically
 
-VERSION = 2
+VERSION = 3
 """Version of the items; part of the asset's code version."""
 
 CLOZE = "stdlib_cloze"
@@ -34,8 +34,8 @@ _DOCUMENTS_PER_FILE = 4
 _DOCUMENT_CHARACTERS = 700
 _MIN_CLOZE_LINES = 4
 _MAX_CLOZE_CHARACTERS = 320
-# What follows is punctuation or an operator: code rather than prose.
-_IDENTIFIER = re.compile(r"(?<= )[A-Za-z_][A-Za-z0-9_]{2,}(?=[(.\[:,)=\]}]| [=+*/%<>!-])")
+# What follows is punctuation or an operator: code rather than prose. After punctuation a leading underscore would be one token with it.
+_IDENTIFIER = re.compile(r"(?:(?<= )[A-Za-z_]|(?<=[.(\[])[A-Za-z])[A-Za-z0-9_]{2,}(?=[(.\[:,)=\]}]| [=+*/%<>!-])")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{2,}")
 
 
@@ -82,13 +82,15 @@ def _cloze_questions(text: str, rng: random.Random) -> Iterator[Item]:
         first = bisect.bisect_left(starts, place.start() - 1 - _MAX_CLOZE_CHARACTERS)
         if line - first < _MIN_CLOZE_LINES or keyword.iskeyword(right) or "#" in text[starts[line] : place.start()]:
             continue
-        context = text[starts[first] : place.start() - 1]
+        separator = " " if text[place.start() - 1] == " " else ""
+        context = text[starts[first] : place.start() - len(separator)]
         seen = [w for w in dict.fromkeys(_NAME.findall(context)) if not keyword.iskeyword(w)]
+        others = [w for w in seen if w != right and (separator or w[0] != "_")]
         # The right answer must have been seen, like the wrong ones: otherwise novelty alone gives it away. They are
         # of like length, because shorter answers are likelier whatever the model.
-        if right in seen and len(seen) > 3:
-            others = sorted((w for w in seen if w != right), key=lambda w: (abs(len(w) - len(right)), rng.random()))
-            yield choose(rng, context, right, others[:3])
+        if right in seen and len(others) >= 3:
+            others.sort(key=lambda w: (abs(len(w) - len(right)), rng.random()))
+            yield choose(rng, context, right, others[:3], separator)
 
 
 def _cloze_items(num_items: int, seed: int) -> list[Item]:

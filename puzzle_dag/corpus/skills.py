@@ -35,14 +35,14 @@ class Skill:
     item: Callable[[random.Random], Item]
 
 
-def choose(rng: random.Random, context: str, right: str, wrong: list[str]) -> Item:
-    """Shuffle one right and `NUM_CHOICES - 1` distinct wrong continuations into an `Item`."""
+def choose(rng: random.Random, context: str, right: str, wrong: list[str], separator: str = " ") -> Item:
+    """Shuffle one right and `NUM_CHOICES - 1` distinct wrong continuations into an `Item`, each after `separator`."""
     distinct = list(dict.fromkeys(w for w in wrong if w != right))[: NUM_CHOICES - 1]
     if len(distinct) < NUM_CHOICES - 1:
         raise ValueError(f"need {NUM_CHOICES - 1} distinct wrong answers to {context!r}, got {distinct}")
     choices = [right, *distinct]
     rng.shuffle(choices)
-    return Item(context, tuple(" " + c for c in choices), choices.index(right))
+    return Item(context, tuple(separator + c for c in choices), choices.index(right))
 
 
 def _misorderings(rng: random.Random, words: list[str], spare: list[str]) -> list[str]:

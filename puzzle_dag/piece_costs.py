@@ -14,6 +14,8 @@ from puzzle_dag.architecture import Architecture, Block
 from puzzle_dag.pieces import Place
 
 Phase = Literal["prefill", "decode"]
+CostSource = Literal["measured", "imported", "analytic"]
+"""Where seconds come from: an engine on this machine, an engine on another, or published peaks."""
 Seconds = Mapping[int, Mapping[Phase, float]]
 """Batch size -> phase -> seconds of one run of that phase at the target's lengths."""
 
@@ -53,6 +55,7 @@ class PieceCosts:
         pieces: (layer, place, variant name) -> cost; "noop" is there too.
         constant: embeddings, final norm, head, and the engine's own time.
         digest: of the cost table that these numbers come from.
+        source: where the seconds come from; a solution carries it along, so that an estimate never passes for a measurement.
     """
 
     target: str
@@ -62,6 +65,7 @@ class PieceCosts:
     pieces: Mapping[tuple[int, Place, str], PieceCost]
     constant: PieceCost
     digest: str
+    source: CostSource = "measured"
 
     @staticmethod
     def same_in_every_layer(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from puzzle_dag.architecture import Architecture
 from puzzle_dag.config import Target
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
-from puzzle_dag.piece_costs import Phase, PieceCost, PieceCosts
+from puzzle_dag.piece_costs import CostSource, Phase, PieceCost, PieceCosts
 from puzzle_dag.pieces import Place
 from puzzle_dag.store import fingerprint, write_atomically
 
@@ -71,8 +71,9 @@ class CostRow:
     """Bytes of its weights, exact."""
     kv_bytes_per_token: int
     """Bytes of KV cache a token, exact."""
-    source: Literal["measured", "by construction"]
-    """Where `seconds` comes from: a no-op is nothing that runs, so it costs zero by construction."""
+    source: Literal["measured", "imported", "analytic", "by construction"]
+    """Where `seconds` comes from: measured on this machine, measured on another and imported, or estimated by the roofline from
+    published peaks (its two errors are then 0 and say nothing). A no-op is nothing that runs, so it costs zero by construction."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,13 @@ class CostTable:
     def batch_sizes(self) -> tuple[int, ...]:
         """Measured batch sizes, increasing."""
         return tuple(sorted({r.batch for r in self.rows}))
+
+    @property
+    def source(self) -> CostSource:
+        """Where the table's seconds come from: one table never mixes measured and analytic ones."""
+        source = next(r.source for r in self.rows if r.place == "constant")
+        assert source != "by construction"
+        return source
 
     @property
     def digest(self) -> str:
@@ -140,6 +148,7 @@ class CostTable:
             pieces=PieceCosts.same_in_every_layer(pieces, num_layers=shape.num_hidden_layers),
             constant=costs["constant", CONSTANT],
             digest=self.digest,
+            source=self.source,
         )
 
     def _piece_cost(self, place: str, variant: str) -> PieceCost:

@@ -1,17 +1,22 @@
 """Costs: what each variant costs on each target, measured with the engine that will serve."""
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
+from assets.watches import watch_block_costs
 from puzzle_dag.architecture import FFN, Attention, Block
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import fingerprint
+from resources.rows import write_rows
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
+    from puzzle_dag.costs.comparison import Comparison
     from puzzle_dag.costs.table import CostTable
 
 
@@ -20,25 +25,32 @@ def parent_block(plan: Plan) -> Block:
     return Block(Attention("gqa", plan.shape.num_key_value_heads), FFN("swiglu", plan.shape.intermediate_size))
 
 
-def _draw(costs: "CostTable") -> bytes:
-    from puzzle_dag.report.pictures import cost_curves
+def _metadata(costs: "CostTable", comparisons: "list[Comparison]") -> dict[str, Any]:
+    from puzzle_dag.report.costs import cost_panels, residual_plot
 
-    curves: dict[str, dict[str, dict[int, float]]] = {"attention": {}, "ffn": {}, "constant": {}}
-    for row in costs.rows:
-        by_batch = curves[row.place].setdefault(row.variant, {})
-        by_batch[row.batch] = by_batch.get(row.batch, 0.0) + row.seconds
-    return cost_curves(curves["attention"], curves["ffn"], title=costs.target.name)
-
-
-def _metadata(costs: "CostTable") -> dict[str, Any]:
-    rows = [{"batch": r.batch, "phase": r.phase, "place": r.place, "variant": r.variant, "seconds": r.seconds} for r in costs.rows]
-    return {
+    rows = [
+        {"batch": r.batch, "phase": r.phase, "place": r.place, "variant": r.variant, "seconds": r.seconds, "source": r.source}
+        for r in costs.rows
+    ]
+    shown = {
+        "source": costs.source,
         "num_engines": costs.num_engines,
         "hardware": costs.rows[0].hardware,
         "engine_version": costs.rows[0].engine_version,
         "costs": table(rows),
-        "picture": picture(_draw(costs), "seconds a layer"),
+        "picture": picture(cost_panels(costs), f"{costs.source} seconds a layer against batch size, prefill and decode apart"),
     }
+    if comparisons:
+        shown["residuals"] = picture(residual_plot(comparisons), "predicted against measured, a point a model and batch size")
+    return shown
+
+
+def _write_comparisons(path: Path, comparisons: "list[Comparison]") -> list[Path]:
+    """Write the comparisons, or take former ones away where there are none of today's costs."""
+    if comparisons:
+        return [write_rows(path, [asdict(c) for c in comparisons])]
+    path.unlink(missing_ok=True)
+    return []
 
 
 def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
@@ -50,11 +62,12 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
             partitions=plan.partitions.targets,
             kinds=("vllm", "parquet"),
             device=True,
-            description="Seconds and bytes of each variant at each batch size and phase; only probes that the store lacks are measured.",
+            description="Seconds and bytes of each variant at each batch size and phase; only probes that the store lacks are measured. "
+            "Analytic where nobody measured the target and a scenario accepts that.",
         )
     )
     def block_costs(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        from puzzle_dag.costs.measure import measure_target
+        from puzzle_dag.costs.obtain import obtain_costs
 
         variants, spec = workspace.shelf.value("cost_variants"), workspace.shelf.value("target_spec", context.partition_key)
         log, num_engines_run = ProgressLog(f"costs {context.partition_key}"), 0
@@ -66,13 +79,14 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
 
         with workspace.device():
             time = Stopwatch()
-            costs = measure_target(
+            costs, comparisons = obtain_costs(
                 plan.shape,
                 parent_block(plan),
                 workspace.target_of(spec),
                 [Attention.parse(a) for a in variants["attention"]],
                 [FFN.parse(f) for f in variants["ffn"]],
                 workspace.store,
+                analytic=watch_block_costs(plan, workspace, context.partition_key)["analytic"],
                 progress=progress,
             )
         path = workspace.tables / "costs" / f"{context.partition_key}.parquet"
@@ -84,12 +98,13 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
             {
                 "target_spec": fingerprint(spec),
                 "digest": costs.digest,
+                "source": costs.source,
                 "num_engines": costs.num_engines,
                 "num_engines_run": num_engines_run,
             },
             data_version=costs.digest,
-            files=[path],
-            metadata={"num_engines_run": num_engines_run, **_metadata(costs)},
+            files=[path, *_write_comparisons(workspace.tables / "predictions" / path.name, comparisons)],
+            metadata={"num_engines_run": num_engines_run, **_metadata(costs, comparisons)},
             time=time,
         )
 

@@ -89,6 +89,7 @@ def result_row(plan: Plan, workspace: Workspace, chain: Chain) -> dict[str, Any]
         "target": (chain.spec or {}).get("target"),
         "batch": solution.get("batch"),
         "objective": solution.get("objective"),
+        "costs": None if chain.solution is None else solution.get("notes", {}).get("costs", "measured"),
         "predicted_throughput_tokens_per_s": predicted.get("throughput_tokens_per_s"),
         "measured_throughput_tokens_per_s": served.get("throughput_tokens_per_s"),
         "predicted_latency_s": predicted.get("latency_s"),

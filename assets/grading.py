@@ -156,7 +156,8 @@ def _serve(
         "version": stage_version(_SERVING[0]),
         "parent": parent.digest,
         "children": {name: digest for name, (digest, _) in children.items()},
-        "target": spec,
+        # How the costs are checked says nothing about how a model serves.
+        "target": {k: v for k, v in spec.items() if k != "heldout_models"},
         "engine_version": read_engine_version(),
         "hardware": detect_hardware().name,
     }
@@ -225,7 +226,8 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
         served = _serve(plan, workspace, spec, {name: (child["digest"], checkpoint)}, predicted)
         report = served["report"]
         met = constraint_rows(measured_constraints(scenario, workspace.target_of(spec), report, name, solution["batch"]))
-        rows = [{"scenario": name, "target": scenario.target, **m} for m in report["models"]]
+        source = solution["notes"].get("costs", "measured")
+        rows = [{"scenario": name, "target": scenario.target, "predicted_from": source, **m} for m in report["models"]]
         return materialised(
             context,
             plan,
@@ -234,6 +236,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
             files=[write_rows(workspace.tables / "serving" / f"{name}.parquet", rows)],
             metadata={
                 "speedups": table(report["speedups"]),
+                "predicted_from": f"{source} costs",
                 "constraints": table(met),
                 "served": table(report["models"]),
                 "hardware": report["hardware"],

@@ -8,8 +8,11 @@ from assets.children import loss_lines
 from assets.costs import parent_block
 from assets.facts import frontier_points, read_chain, result_row
 from assets.plan import GROUPS, Plan
+from puzzle_dag.costs.comparison import Comparison
+from puzzle_dag.costs.table import CostTable
+from puzzle_dag.report.costs import cost_panels, residual_plot
 from puzzle_dag.report.html import Picture, Table
-from puzzle_dag.report.pictures import cost_curves, score_heat_map
+from puzzle_dag.report.pictures import score_heat_map
 from puzzle_dag.report.scenario import ConstraintFact, ScenarioFacts, ServedFact, TaskFact, render_overview, render_scenario
 from puzzle_dag.report.tables import format_percent, format_quantity
 from puzzle_dag.store import fingerprint, write_atomically
@@ -103,7 +106,8 @@ def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts
         target=solution["target"],
         description=spec.get("description", ""),
         constraints=_constraints(solution, spec),
-        solver={k: solution[k] for k in ("status", "objective", "bound", "gap", "batch", "seconds")},
+        solver={k: solution[k] for k in ("status", "objective", "bound", "gap", "batch", "seconds")}
+        | {"costs": solution["notes"].get("costs", "measured")},
         blocks=[c["block"] for c in solution["choices"]],
         parent_block=parent_block(plan).name,
         attentions=variants["attention"],
@@ -128,7 +132,7 @@ def results_table(workspace: Workspace, facts: Sequence[ScenarioFacts]) -> Table
     for fact in facts:
         mean = (read_chain(workspace, fact.name).accuracy or {}).get("mean", {})
         asked = "; ".join(f"{c.name} {c.bound}" for c in fact.constraints)
-        cells = {"asked for": asked, "target, batch": f"{fact.target}, {fact.solver['batch']}"}
+        cells = {"asked for": asked, "target, batch": f"{fact.target}, {fact.solver['batch']}", "costs": str(fact.solver["costs"])}
         for s in fact.served:
             short = s.name.removesuffix("_tokens_per_s").removesuffix("_bytes").removesuffix("_s")
             if s.name != "ttft_s":
@@ -164,18 +168,18 @@ def stage_peak_memory_bytes(workspace: Workspace) -> dict[str, int]:
 
 
 def _pictures(plan: Plan, workspace: Workspace) -> list[Picture]:
-    """Return the score heat map and the cost curves of every target that has costs."""
+    """Return the score heat map, and of every target that has costs their panels and residuals."""
     layers: dict[int, dict[str, float]] = {}
     for row in read_rows(workspace.tables / "score_table.parquet"):
         layers.setdefault(row["layer"], {})[row["block"]] = row["kl"]
     drawn = [Picture(score_heat_map([layers[i] for i in sorted(layers)]), "KL divergence of every block, alone in the parent")]
     for target in workspace.shelf.value("cost_table")["targets"]:
-        curves: dict[str, dict[str, dict[int, float]]] = {"attention": {}, "ffn": {}, "constant": {}}
-        for row in read_rows(workspace.tables / "costs" / f"{target}.parquet"):
-            by_batch = curves[row["place"]].setdefault(row["variant"], {})
-            by_batch[row["batch"]] = by_batch.get(row["batch"], 0.0) + row["seconds"]
-        png = cost_curves(curves["attention"], curves["ffn"], title=target)
-        drawn.append(Picture(png, f"seconds a layer on {target}, prefill and decode"))
+        costs = CostTable.read(workspace.tables / "costs" / f"{target}.parquet")
+        drawn.append(Picture(cost_panels(costs), f"{costs.source} seconds a layer on {target}, prefill and decode apart"))
+        compared = workspace.tables / "predictions" / f"{target}.parquet"
+        if compared.exists():
+            png = residual_plot([Comparison(**r) for r in read_rows(compared)], title=target)
+            drawn.append(Picture(png, f"how far the costs on {target} are from what was measured"))
     return drawn
 
 

@@ -1,5 +1,6 @@
 """The search: for each scenario the architecture that costs least quality and meets every constraint."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -12,6 +13,7 @@ from resources.rows import read_rows, write_rows
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
+    from puzzle_dag.config import Scenario
     from puzzle_dag.piece_costs import PieceCosts
     from puzzle_dag.search.score import BlockScore
     from puzzle_dag.search.solution import Solution
@@ -41,12 +43,28 @@ def read_costs(plan: Plan, workspace: Workspace, target: str) -> dict[str, "Piec
     return {n: CostTable.read(workspace.tables / "costs" / f"{n}.parquet").to_piece_costs(plan.shape) for n in names}
 
 
+def check_source(workspace: Workspace, scenario: "Scenario", costs: "PieceCosts") -> None:
+    """Check that a scenario accepts costs like these. Raises CostsMissingError, with what to do."""
+    from puzzle_dag.costs.obtain import explain_unmeasured
+
+    if costs.source == "analytic" and scenario.costs != "analytic":
+        target = workspace.target_of(workspace.shelf.value("target_spec", scenario.target))
+        raise CostsMissingError(f"scenario {scenario.name}: {explain_unmeasured(target)}")
+
+
 def solution_row(solution: "Solution") -> dict[str, Any]:
     """Return a solution as one flat row."""
     predicted = {f"predicted_{k}": v for k, v in solution.predicted.items()}
     parent = {f"parent_{k.removeprefix('parent_')}": v for k, v in solution.parent.items()}
     head = {k: getattr(solution, k) for k in ("scenario", "target", "status", "minimized", "objective", "bound", "gap", "batch", "seconds")}
-    return {**head, **predicted, **parent, "blocks": " ".join(c.block for c in solution.choices), "digest": solution.digest}
+    return {
+        **head,
+        "costs": solution.notes.get("costs", "measured"),
+        **predicted,
+        **parent,
+        "blocks": " ".join(c.block for c in solution.choices),
+        "digest": solution.digest,
+    }
 
 
 def _metadata(plan: Plan, workspace: Workspace, solution: "Solution") -> dict[str, Any]:
@@ -62,6 +80,7 @@ def _metadata(plan: Plan, workspace: Workspace, solution: "Solution") -> dict[st
     )
     return {
         "status": solution.status,
+        "costs": solution.notes["costs"],
         "objective": solution.objective,
         "bound": solution.bound,
         "gap": solution.gap,
@@ -96,7 +115,9 @@ def search_assets(plan: Plan) -> list[dg.AssetsDefinition]:
         time, spec = Stopwatch(), workspace.shelf.value("scenario_spec", context.partition_key)
         scenario = workspace.scenario_of(spec)
         costs = read_costs(plan, workspace, scenario.target)
+        check_source(workspace, scenario, costs[scenario.target])
         found = solve_scenario(read_scores(workspace), costs, scenario, parent_block(plan))
+        found = replace(found, notes={**found.notes, "costs": costs[scenario.target].source})
         return materialised(
             context,
             plan,

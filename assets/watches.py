@@ -4,6 +4,7 @@ Each watch returns a JSON value. Its fingerprint is kept in the record of a mate
 has another one, the refresh runs the asset again. For a configuration asset the watch is the asset's whole value.
 
 - `cost_variants` hangs on every layer's space, but only on their union.
+- `block_costs` may be analytic only where a scenario of its target says so, and nobody measured it.
 - `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.
 - `cost_table`, `frontier` and `tables` gather what there is, so a partition that went away counts, too.
 """
@@ -17,7 +18,7 @@ from assets.plan import Plan
 from puzzle_dag.architecture import LayerSpace, layer_index, variant_union
 from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus
 from puzzle_dag.preflight import check_scenario, resolve_spaces
-from puzzle_dag.store import digest_file, write_atomically
+from puzzle_dag.store import digest_file, fingerprint, write_atomically
 from resources.workspace import Workspace
 
 Watch = Callable[[Plan, Workspace, str | None], Any]
@@ -92,6 +93,20 @@ def watch_target_spec(plan: Plan, workspace: Workspace, partition: str | None) -
     return workspace.read_target(partition).model_dump(mode="json")
 
 
+def watch_block_costs(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
+    """Return whether a target's costs have to be analytic: a scenario accepts that, and nobody measured the target of today."""
+    assert partition is not None
+    scenarios = [workspace.read_scenario(name) for name in workspace.read_profile().scenarios]
+    if not any(s.target == partition and s.costs == "analytic" for s in scenarios):
+        return {"analytic": False}
+    from puzzle_dag.costs.obtain import is_measurable
+
+    record, target = workspace.shelf.find("block_costs", partition), workspace.read_target(partition)
+    of_today = record is not None and record.value["target_spec"] == fingerprint(target.model_dump(mode="json"))
+    measured = of_today and record is not None and record.value.get("source", "measured") != "analytic"
+    return {"analytic": not (measured or is_measurable(target))}
+
+
 def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
     """Return one scenario, validated. Raises ConfigError where its target or a batch size is not measured."""
     assert partition is not None
@@ -140,6 +155,7 @@ WATCHES: dict[str, Watch] = {
     "search_space": watch_search_space,
     "cost_variants": watch_cost_variants,
     "target_spec": watch_target_spec,
+    "block_costs": watch_block_costs,
     "scenario_spec": watch_scenario_spec,
     "uptrained_child": watch_uptrain_budget,
     "serving": watch_serving_target,

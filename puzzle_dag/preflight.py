@@ -72,12 +72,14 @@ def check_lengths(profile: Profile, targets: Mapping[str, Target], shape: Puzzle
 
 
 def check_scenario(scenario: Scenario, targets: Mapping[str, Target]) -> None:
-    """Check that a scenario's target is one of the profile's and measures the batch sizes that it names. Raises ConfigError."""
+    """Check that a scenario's target is the profile's and has the batch sizes and costs that it names. Raises ConfigError."""
     where = f"scenario {scenario.name}"
     target = targets.get(scenario.target)
     if target is None:
         known = ", ".join(sorted(targets))
         raise ConfigError(f"{where}: target is {scenario.target!r}, which the profile doesn't measure; use one of {known}")
+    if scenario.costs == "analytic" and target.hardware == "local-cpu":
+        raise ConfigError(f"{where}: costs is 'analytic', but target {target.name} is the machine at hand, which is measured; leave it out")
     if scenario.batch_sizes != "all":
         unknown = sorted(set(scenario.batch_sizes) - set(target.batch_sizes))
         if unknown or not scenario.batch_sizes:

@@ -130,13 +130,18 @@ class Roofline:
         sent = times * (self.parallel - 1) / self.parallel * tokens * self.shape.hidden_size * self.types.weight
         return sent / self.accelerator.link_bytes_per_s + MESSAGE_S
 
+    def linear_place_s(self, tokens: float) -> float:
+        """Return the seconds of an attention or FFN that is one linear map, its outputs spread over the accelerators."""
+        hidden = self.shape.hidden_size
+        return self.norm_s(tokens) + self.linear_s(tokens, hidden, hidden / self.parallel) + self.gather_s(tokens, times=1)
+
     def attention_s(self, variant: Attention, step: _Step) -> float:
         """Return the seconds that an attention variant adds to a step."""
         hidden, head_dim = self.shape.hidden_size, self.shape.head_dim
         if variant.kind == "noop":
             return 0.0
         if variant.kind == "linear":
-            return self.norm_s(step.tokens) + self.linear_s(step.tokens, hidden, hidden / self.parallel) + self.gather_s(step.tokens, times=1)
+            return self.linear_place_s(step.tokens)
         q_size = self.shape.num_attention_heads * head_dim / self.parallel
         # Fewer KV heads than accelerators: each keeps a copy of the one that it needs.
         kv_size = max(variant.kv_heads / self.parallel, 1) * head_dim
@@ -152,7 +157,7 @@ class Roofline:
         if variant.kind == "noop":
             return 0.0
         if variant.kind == "linear":
-            return self.norm_s(tokens) + self.linear_s(tokens, hidden, hidden / self.parallel) + self.gather_s(tokens, times=1)
+            return self.linear_place_s(tokens)
         width = variant.intermediate_size / self.parallel
         product = self.kernel_s(3 * tokens * width * self.types.weight)
         maps = self.linear_s(tokens, hidden, 2 * width) + self.linear_s(tokens, width, hidden)

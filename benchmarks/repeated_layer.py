@@ -1,0 +1,108 @@
+"""The rival's way to cost a variant: one base layer against one base layer and ten repeats, all built as a Llama.
+
+For each variant of a place one model is measured, the base layer followed by `NUM_REPEATS` layers that hold the variant
+and nothing in the other place: cost = (t(1 + 10) - t(1)) / 10. A no-op costs exactly 0. What is left of t(1)
+when its own two costs are taken off is the engine's constant. No regression, no mixtures, one engine a variant a round.
+"""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from puzzle_dag.architecture import FFN, Architecture, Attention, Block
+from puzzle_dag.config import Target
+from puzzle_dag.costs.comparison import group_engines
+from puzzle_dag.costs.memory import NumberTypes, count_kv_bytes_per_token, count_weight_bytes, size_variant
+from puzzle_dag.costs.probes import Variant
+from puzzle_dag.costs.table import CONSTANT, PHASES, CostRow, CostTable, sort_rows
+from puzzle_dag.costs.tabulate import Measurement
+from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
+
+NUM_REPEATS = 10
+_NOTHING = {"attention": Attention("noop"), "ffn": FFN("noop")}
+
+
+def as_llama(shape: PuzzleDagConfig) -> PuzzleDagConfig:
+    """Return the shape without what Llama lacks: biases, norms of queries and keys, sliding windows."""
+    fields: dict[str, Any] = shape.to_dict()
+    for name in ("model_type", "per_layer_config", "layer_types"):
+        fields.pop(name, None)
+    plain = {"family": "llama", "qkv_bias": False, "o_bias": False, "qk_norm": False, "mlp_bias": False, "sliding_window": None}
+    return PuzzleDagConfig(**{**fields, **plain})
+
+
+@dataclass(frozen=True, slots=True)
+class RepeatedLayers:
+    """The models of the method: the base, and one a variant that is no no-op."""
+
+    base: Architecture
+    """One layer, the parent's."""
+    repeats: dict[Variant, Architecture]
+    """Variant -> the base layer and ten repeats."""
+
+    @staticmethod
+    def plan(parent: Block, attentions: Iterable[Attention], ffns: Iterable[FFN]) -> "RepeatedLayers":
+        """Return the models for some variants; the parent's own are measured like any other."""
+        repeats: dict[Variant, Architecture] = {}
+        for attention in sorted({parent.attention, *attentions} - {_NOTHING["attention"]}):
+            repeats["attention", attention.name] = (parent, *[Block(attention, FFN("noop"))] * NUM_REPEATS)
+        for ffn in sorted({parent.ffn, *ffns} - {_NOTHING["ffn"]}):
+            repeats["ffn", ffn.name] = (parent, *[Block(Attention("noop"), ffn)] * NUM_REPEATS)
+        return RepeatedLayers((parent,), repeats)
+
+    @property
+    def models(self) -> list[Architecture]:
+        """Every model, the base first."""
+        return [self.base, *self.repeats.values()]
+
+    def plan_engines(self, num_engines: int) -> tuple[int, int]:
+        """Return (rounds over all models, engines of the base) that take at least `num_engines` starts.
+
+        What is left over after whole rounds goes to the base, which every cost rests on.
+        """
+        rounds = max(1, num_engines // len(self.models))
+        return rounds, rounds + max(0, num_engines - rounds * len(self.models))
+
+    def tabulate(self, shape: PuzzleDagConfig, target: Target, parent: Block, measured: Sequence[Measurement]) -> CostTable:
+        """Return the method's cost table: medians over the engines, differences over ten; a negative difference counts 0."""
+        types, rows, engines = NumberTypes.of(target), [], group_engines(measured)
+        first = measured[0].result
+        places: list[Variant] = [("attention", "noop"), ("ffn", "noop"), *self.repeats]
+        for batch in target.batch_sizes:
+            for phase in PHASES:
+
+                def seconds(architecture: Architecture, batch: int = batch, phase: str = phase) -> float:
+                    return statistics.median(e.at(batch).median_s(phase) for e in engines[architecture])
+
+                base_s = seconds(self.base)
+                costs = {v: max(0.0, (seconds(model) - base_s) / NUM_REPEATS) for v, model in self.repeats.items()}
+                own = costs["attention", parent.attention.name] + costs["ffn", parent.ffn.name]
+                costs |= {("attention", "noop"): 0.0, ("ffn", "noop"): 0.0, ("constant", CONSTANT): max(0.0, base_s - own)}
+                for place, name in [*places, ("constant", CONSTANT)]:
+                    size = size_variant(shape, place, name)
+                    rows.append(
+                        CostRow(
+                            target=target.name,
+                            hardware=first.hardware,
+                            num_threads=first.num_threads,
+                            engine_version=first.engine_version,
+                            mode=target.mode,
+                            dtype=target.dtype,
+                            quantization=target.quantization or "none",
+                            input_length=target.input_length,
+                            output_length=target.output_length,
+                            batch=batch,
+                            phase=phase,
+                            place=place,
+                            variant=name,
+                            seconds=costs[place, name],
+                            seconds_error=0.0,
+                            repeat_noise=0.0,
+                            parameters=size.parameters,
+                            weight_bytes=count_weight_bytes(size, types),
+                            kv_bytes_per_token=count_kv_bytes_per_token(size, types),
+                            source="by construction" if name == "noop" else "measured",
+                        )
+                    )
+        return CostTable(sort_rows(rows), target, len(measured), {})

@@ -25,8 +25,14 @@ def parent_block(plan: Plan) -> Block:
     return Block(Attention("gqa", plan.shape.num_key_value_heads), FFN("swiglu", plan.shape.intermediate_size))
 
 
+def _draw(costs: "CostTable") -> bytes:
+    from puzzle_dag.report.costs import cost_panels
+
+    return cost_panels(costs.rows, title=f"{costs.target.name}: {costs.source} seconds a layer")
+
+
 def _metadata(costs: "CostTable", comparisons: "list[Comparison]") -> dict[str, Any]:
-    from puzzle_dag.report.costs import cost_panels, residual_plot
+    from puzzle_dag.report.costs import residual_plot
 
     rows = [
         {"batch": r.batch, "phase": r.phase, "place": r.place, "variant": r.variant, "seconds": r.seconds, "source": r.source}
@@ -38,7 +44,7 @@ def _metadata(costs: "CostTable", comparisons: "list[Comparison]") -> dict[str, 
         "hardware": costs.rows[0].hardware,
         "engine_version": costs.rows[0].engine_version,
         "costs": table(rows),
-        "picture": picture(cost_panels(costs), f"{costs.source} seconds a layer against batch size, prefill and decode apart"),
+        "picture": picture(_draw(costs), f"{costs.source} seconds a layer against batch size, prefill and decode apart"),
     }
     if comparisons:
         shown["residuals"] = picture(residual_plot(comparisons), "predicted against measured, a point a model and batch size")

@@ -175,7 +175,11 @@ def _pictures(plan: Plan, workspace: Workspace) -> list[Picture]:
     drawn = [Picture(score_heat_map([layers[i] for i in sorted(layers)]), "KL divergence of every block, alone in the parent")]
     for target in workspace.shelf.value("cost_table")["targets"]:
         costs = CostTable.read(workspace.tables / "costs" / f"{target}.parquet")
-        drawn.append(Picture(cost_panels(costs), f"{costs.source} seconds a layer on {target}, prefill and decode apart"))
+        drawn.append(
+            Picture(
+                cost_panels(costs.rows, title=f"{target}: {costs.source} seconds a layer"), "cost against batch size, a panel a variant"
+            )
+        )
         compared = workspace.tables / "predictions" / f"{target}.parquet"
         if compared.exists():
             png = residual_plot([Comparison(**r) for r in read_rows(compared)], title=target)

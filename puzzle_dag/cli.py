@@ -62,6 +62,27 @@ def _measure(args: argparse.Namespace) -> int:
     return 0
 
 
+def _estimate(args: argparse.Namespace) -> int:
+    from puzzle_dag.architecture import FFN, Attention, Block, variant_union
+    from puzzle_dag.config import read_profile, read_target
+    from puzzle_dag.costs.roofline import estimate_table
+    from puzzle_dag.model.parent import read_parent_shape
+    from puzzle_dag.preflight import check_lengths, resolve_spaces
+
+    profile, target = read_profile(args.root / "conf", args.profile), read_target(args.root / "conf", args.target)
+    shape = read_parent_shape(profile.parent, args.root)
+    check_lengths(profile, {target.name: target}, shape)
+    parent = Block(Attention("gqa", shape.num_key_value_heads), FFN("swiglu", shape.intermediate_size))
+    table = estimate_table(shape, parent, target, *variant_union(resolve_spaces(profile, shape)))
+    rows = [(r.batch, r.phase, r.place, r.variant, format_seconds(r.seconds), r.source) for r in table.rows]
+    _say(text_table(("batch", "phase", "place", "variant", "time a layer", "source"), rows))
+    _say(f"analytic: from published peaks of {table.rows[0].hardware}; nothing was measured")
+    if args.out is not None:
+        table.write(args.out)
+        _say(f"written: {args.out}")
+    return 0
+
+
 def _solve(args: argparse.Namespace) -> int:
     from puzzle_dag.search.foreign import read_foreign_library, solve_foreign_library
 
@@ -136,6 +157,12 @@ def build_parser() -> argparse.ArgumentParser:
     measure.add_argument("--remeasure", action="store_true", help="measure again what is stored, and replace it")
     measure.add_argument("--out", type=Path, help="Parquet file for the table")
     measure.set_defaults(run=_measure)
+
+    estimate = commands.add_parser("estimate", help="estimate from published peaks what every variant costs on a target nobody measured")
+    estimate.add_argument("--profile", required=True, help="name of a file in conf/profiles")
+    estimate.add_argument("--target", required=True, help="name of a file in conf/targets")
+    estimate.add_argument("--out", type=Path, help="Parquet file for the table")
+    estimate.set_defaults(run=_estimate)
     return parser
 
 

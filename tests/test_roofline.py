@@ -1,11 +1,16 @@
 """Analytic costs: against values worked out by hand, growing with what must grow, and labelled."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 
+from puzzle_dag import cli
 from puzzle_dag.architecture import FFN, Attention, Block
 from puzzle_dag.config import Target
 from puzzle_dag.costs.accelerators import ACCELERATORS
 from puzzle_dag.costs.roofline import LAUNCH_S, MESSAGE_S, STEP_S, RooflineError, estimate_table
+from puzzle_dag.costs.table import CostTable
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 PARENT = Block.parse("kv8/w14336")
@@ -122,11 +127,22 @@ def test_every_row_says_that_it_is_analytic():
 
 
 def test_an_analytic_table_survives_its_file(tmp_path):
-    from puzzle_dag.costs.table import CostTable
-
     table = estimate(make_target())
     table.write(tmp_path / "t.parquet")
     assert CostTable.read(tmp_path / "t.parquet") == table and CostTable.read(tmp_path / "t.parquet").source == "analytic"
+
+
+def test_the_command_estimates_and_says_that_nothing_was_measured(tmp_path, micro_parent_folder, capsys):
+    shutil.copytree(Path(__file__).parents[1] / "conf", tmp_path / "conf")
+    shutil.copytree(micro_parent_folder, tmp_path / "parents" / "micro")
+    gpu = tmp_path / "conf" / "targets" / "gpu.yaml"
+    gpu.write_text((tmp_path / "conf" / "targets" / "micro-eager.yaml").read_text().replace("local-cpu", "h200"))
+    command = ["--root", str(tmp_path), "estimate", "--profile", "micro", "--out", str(tmp_path / "t.parquet"), "--target"]
+    assert cli.main([*command, "gpu"]) == 0
+    assert "NVIDIA H200 SXM5 141 GB; nothing was measured" in capsys.readouterr().out
+    assert CostTable.read(tmp_path / "t.parquet").source == "analytic"
+    assert cli.main([*command, "micro-eager"]) == 2
+    assert "no peaks are published here" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,66 @@
 """Pictures of costs: what each variant takes at each batch size, and how far the fit is from what was measured."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from puzzle_dag.costs.comparison import Comparison
-from puzzle_dag.costs.table import PHASES, CostPlace, CostRow, CostTable
-from puzzle_dag.piece_costs import Phase
 from puzzle_dag.report.canvas import BLUE, GREEN, GRID, INK, MUTED, ORANGE, new_figure, set_labels, to_png
 
+
+class CostPoint(Protocol):
+    """One variant's cost at one batch size in one phase, as a row of a cost table has it."""
+
+    @property
+    def place(self) -> str:
+        """Return "attention", "ffn" or "constant"."""
+
+    @property
+    def variant(self) -> str:
+        """Return its name."""
+
+    @property
+    def phase(self) -> str:
+        """Return "prefill" or "decode"."""
+
+    @property
+    def batch(self) -> int:
+        """Return the concurrent requests."""
+
+    @property
+    def seconds(self) -> float:
+        """Return the seconds a layer."""
+
+    @property
+    def seconds_error(self) -> float:
+        """Return the standard error of the seconds."""
+
+
+class PredictionPoint(Protocol):
+    """One model, predicted and measured."""
+
+    @property
+    def kind(self) -> str:
+        """Return "probe" or "held out"."""
+
+    @property
+    def phase(self) -> str:
+        """Return "prefill", "decode" or "total"."""
+
+    @property
+    def measured_s(self) -> float:
+        """Return the seconds measured."""
+
+    @property
+    def error(self) -> float:
+        """Return predicted / measured - 1."""
+
+
+_PHASES = ("prefill", "decode")
 _COLOURS: Mapping[str, str] = {"prefill": BLUE, "decode": GREEN}
-_PLACES: tuple[CostPlace, ...] = ("attention", "ffn", "constant")
+_PLACES = ("attention", "ffn", "constant")
 _PANEL_WIDTH = 1.25
 _PANEL_HEIGHT = 1.05
 
@@ -22,7 +70,7 @@ def _order(name: str) -> tuple[int, int]:
     return int(not name[-1].isdigit()), -int("".join(c for c in name if c.isdigit()) or 0)
 
 
-def _draw_panel(ax: Axes, rows: Sequence[CostRow], phase: Phase, batches: Sequence[int]) -> None:
+def _draw_panel(ax: Axes, rows: Sequence[CostPoint], phase: str, batches: Sequence[int]) -> None:
     """Draw one variant in one phase: seconds against batch size, with the fit's standard error."""
     ordered = sorted((r for r in rows if r.seconds > 0), key=lambda r: r.batch)
     ax.errorbar(
@@ -45,31 +93,32 @@ def _draw_panel(ax: Axes, rows: Sequence[CostRow], phase: Phase, batches: Sequen
     ax.grid(True, color=GRID, linewidth=0.6)
 
 
-def cost_panels(costs: CostTable) -> bytes:
+def cost_panels(rows: Sequence[CostPoint], *, title: str) -> bytes:
     """Draw the seconds a layer against the batch size: a panel a variant, prefill above decode, one scale a phase.
 
-    No-ops, which cost nothing, are left out. The title says where the seconds come from.
+    No-ops, which cost nothing, are left out. The title should say where the seconds come from.
     """
-    groups: dict[tuple[str, str], list[CostRow]] = {}
-    for row in costs.rows:
+    groups: dict[tuple[str, str], list[CostPoint]] = {}
+    for row in rows:
         if row.variant != "noop":
             groups.setdefault((row.place, row.variant), []).append(row)
-    columns = sorted(groups, key=lambda g: (_PLACES.index(g[0]), _order(g[1])))  # type: ignore[arg-type]
+    batches = sorted({r.batch for r in rows})
+    columns = sorted(groups, key=lambda g: (_PLACES.index(g[0]), _order(g[1])))
     figure = Figure(figsize=(0.9 + _PANEL_WIDTH * len(columns), 0.8 + 2 * _PANEL_HEIGHT), dpi=100, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, len(columns), sharex=True, sharey="row", squeeze=False)
-    for line, phase in zip(axes, PHASES, strict=True):
+    for line, phase in zip(axes, _PHASES, strict=True):
         for ax, (place, variant) in zip(line, columns, strict=True):
-            _draw_panel(ax, [r for r in groups[place, variant] if r.phase == phase], phase, costs.batch_sizes)
-            if phase == PHASES[0]:
+            _draw_panel(ax, [r for r in groups[place, variant] if r.phase == phase], phase, batches)
+            if phase == _PHASES[0]:
                 ax.set_title("engine and head" if place == "constant" else f"{place} {variant}", fontsize=7, color=INK)
         line[0].set_ylabel(f"{phase}, s", fontsize=7, color=INK)
     figure.supxlabel("batch (requests)", fontsize=7, color=INK)
-    figure.suptitle(f"{costs.target.name}: {costs.source} seconds a layer", fontsize=9, color=INK, fontweight="bold", x=0.01, ha="left")
+    figure.suptitle(title, fontsize=9, color=INK, fontweight="bold", x=0.01, ha="left")
     return to_png(figure)
 
 
-def residual_plot(comparisons: Sequence[Comparison], *, title: str = "") -> bytes:
+def residual_plot(comparisons: Sequence[PredictionPoint], *, title: str = "") -> bytes:
     """Draw the prediction's error against the seconds measured, a point a model and batch size, prefill beside the total.
 
     Args:

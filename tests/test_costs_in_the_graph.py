@@ -1,0 +1,152 @@
+"""Costs in the asset graph: the held-out check, analytic costs that a scenario must ask for, and the DuckDB page.
+
+One project, refreshed once, whose second target is a GPU that this machine is made to lack; only the engine is arithmetic.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import duckdb
+import pytest
+import query_page
+import yaml
+from micro_project import Project, make_project
+from ticking_engine import TickingEngine
+
+from assets.refresh import RefreshRecord
+from puzzle_dag.config import ConfigError
+from puzzle_dag.costs import heldout
+from puzzle_dag.engine.hardware import Hardware
+
+GPU, ESTIMATED = "micro-gpu", "micro-estimated"
+_CPU = Hardware("cpu", "made-up cpu", 1)
+
+
+@pytest.fixture(scope="module")
+def project(micro_parent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    with pytest.MonkeyPatch.context() as patch:
+        TickingEngine().install(patch)
+        for module in ("puzzle_dag.costs.measure", "puzzle_dag.costs.obtain", "puzzle_dag.children.serve"):
+            patch.setattr(f"{module}.detect_hardware", lambda: _CPU)
+        made = make_project(tmp_path_factory.mktemp("costs"), micro_parent_folder)
+        conf = made.root / "conf"
+        made.edit(conf / "targets" / "micro-eager.yaml", heldout_models=8, batch_sizes=[2, 8])
+        gpu = yaml.safe_load((conf / "targets" / "micro-eager.yaml").read_text()) | {"hardware": "rtx4090", "dtype": "bfloat16"}
+        (conf / "targets" / f"{GPU}.yaml").write_text(yaml.safe_dump(gpu))
+        scenario = yaml.safe_load((conf / "scenarios" / "micro-small.yaml").read_text())
+        scenario |= {
+            "target": GPU,
+            "costs": "analytic",
+            "constraints": {"throughput_tokens_per_s": {"at_least": 1.01, "relative_to": "parent"}},
+        }
+        (conf / "scenarios" / f"{ESTIMATED}.yaml").write_text(yaml.safe_dump(scenario))
+        made.edit(made.profile_file, targets=["micro-eager", GPU], scenarios=["micro-small", ESTIMATED])
+        made.refresh()
+        yield made
+
+
+def outcome(record: RefreshRecord, item: str) -> tuple[str, str]:
+    return next((o.state, " ".join(o.reasons)) for o in record.outcomes if str(o.item) == item)
+
+
+def ask(project: Project, query: str) -> list[tuple[Any, ...]]:
+    with duckdb.connect(str(project.workspace.database), read_only=True) as connection:
+        return connection.execute(query).fetchall()
+
+
+def check_metadata(project: Project, target: str) -> dict[str, Any]:
+    key = dg.AssetCheckKey(dg.AssetKey(["micro", "block_costs"]), "held_out")
+    with project.instance() as instance:
+        history = instance.event_log_storage.get_asset_check_execution_history(key, limit=20)
+    events = [r.event.dagster_event.event_specific_data for r in history if r.event is not None and r.event.dagster_event is not None]
+    evaluation = next(e for e in events if e.partition == target)
+    return {"passed": evaluation.passed, "severity": evaluation.severity, **{k: v.value for k, v in evaluation.metadata.items()}}
+
+
+def test_an_unmeasured_target_is_solved_with_analytic_costs_that_say_so(project: Project) -> None:
+    again = project.refresh()
+    assert not {f"block_costs[{GPU}]", f"solution[{ESTIMATED}]"} & set(again.ran)
+    # What only the machine itself can tell stays open: it is not made up.
+    assert outcome(again, f"parent_serving[{GPU}]")[0] == "failed" and outcome(again, f"serving[{ESTIMATED}]")[0] == "waits"
+    assert project.workspace.shelf.value("solution", ESTIMATED)["solution"]["notes"]["costs"] == "analytic"
+    assert project.workspace.shelf.value("solution", "micro-small")["solution"]["notes"]["costs"] == "measured"
+    assert dict(ask(project, "SELECT scenario, costs FROM solutions")) == {ESTIMATED: "analytic", "micro-small": "measured"}
+    assert dict(ask(project, "SELECT scenario, costs FROM frontier")) == {ESTIMATED: "analytic", "micro-small": "measured"}
+    by_source = ask(project, "SELECT DISTINCT target, source FROM costs ORDER BY ALL")
+    assert by_source == [("micro-eager", "by construction"), ("micro-eager", "measured"), (GPU, "analytic"), (GPU, "by construction")]
+    assert ask(project, "SELECT DISTINCT predicted_from FROM serving") == [("measured",)]
+
+
+def test_probes_and_held_out_models_are_kept_with_what_was_predicted(project: Project) -> None:
+    rows = ask(
+        project, "SELECT kind, count(DISTINCT model), min(num_engines), max(abs(error)) FROM predictions GROUP BY kind ORDER BY kind"
+    )
+    assert [r[:3] for r in rows] == [("held out", 8, 2), ("probe", 8, 1)]
+    assert all(r[3] < 0.01 for r in rows)  # the ticking engine adds up, but for a thousandth a round
+    assert not ask(project, f"SELECT 1 FROM predictions WHERE target = '{GPU}'")
+    overlap = "SELECT 1 FROM predictions a JOIN predictions b USING (model) WHERE a.kind = 'probe' AND b.kind = 'held out'"
+    assert not ask(project, overlap)
+
+
+def test_the_held_out_check_says_the_numbers_and_where_it_was_not_done(project: Project) -> None:
+    done, undone = check_metadata(project, "micro-eager"), check_metadata(project, GPU)
+    assert done["passed"] and done["checked"] and done["num_models"] == 8
+    assert 0 < done["worst_error"] < 0.01 and "| 8 | total |" in done["verdicts"] and "| 2 |" not in done["verdicts"]
+    assert undone["passed"] and not undone["checked"] and "costs are analytic" in undone["why_not"]
+
+
+def test_the_held_out_check_fails_where_predictions_are_off(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = heldout.compare
+
+    def optimistic(table: Any, measured: Any, kind: Any) -> list[Any]:
+        return [replace(c, predicted_s=0.8 * c.predicted_s, error=0.8 * (1 + c.error) - 1) for c in right(table, measured, kind)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(heldout, "compare", optimistic)
+        record = project.refresh(select=["block_costs"], remake=["block_costs[micro-eager]"])
+    assert "block_costs[micro-eager]: held_out" in record.failed_checks
+    found = check_metadata(project, "micro-eager")
+    assert not found["passed"] and found["severity"] == dg.AssetCheckSeverity.ERROR and found["worst_error"] == pytest.approx(0.2, abs=0.01)
+    restored = project.refresh(select=["block_costs"], remake=["block_costs[micro-eager]"])
+    assert not restored.failed_checks
+
+
+def test_every_query_of_the_page_answers(project: Project) -> None:
+    queries = query_page.read_queries(query_page.PAGE.read_text())
+    assert len(queries) == 5
+    for query in queries:
+        assert ask(project, query), query
+
+
+def test_the_page_tells_of_the_schema_as_it_is(project: Project) -> None:
+    text = query_page.PAGE.read_text()
+    told, words = query_page.read_page(text)
+    assert told == query_page.read_database(project.workspace.database), (
+        "run `python tests/query_page.py FILE.duckdb` and describe what is new"
+    )
+    assert not [place for place, description in words.items() if description in ("", "?")]
+
+
+def test_without_opting_in_an_unmeasured_target_is_refused_with_the_ways_out(project: Project) -> None:
+    file = project.root / "conf" / "scenarios" / f"{ESTIMATED}.yaml"
+    before = file.read_text()
+    project.edit(file, costs="measured")
+    record = project.refresh(select=["scenario_spec", "block_costs", "cost_table", "solution"])
+    for item in (f"block_costs[{GPU}]", f"solution[{ESTIMATED}]"):
+        state, reason = outcome(record, item)
+        assert state == "failed" and all(w in reason for w in ("measure it on a machine with rtx4090", "import", "costs: analytic"))
+    file.write_text(before)
+    project.refresh(select=["scenario_spec", "block_costs", "cost_table", "solution"])
+    assert project.workspace.shelf.value("solution", ESTIMATED)["solution"]["notes"]["costs"] == "analytic"
+
+
+def test_the_machine_at_hand_is_measured_and_never_estimated(project: Project) -> None:
+    file = project.root / "conf" / "scenarios" / "micro-small.yaml"
+    before = file.read_text()
+    project.edit(file, costs="analytic")
+    with pytest.raises(ConfigError, match="costs is 'analytic', but target micro-eager is the machine at hand"):
+        project.refresh(dry=True)
+    file.write_text(before)

@@ -68,7 +68,7 @@ class Scenario(Settings):
     """What it is for, in words."""
     target: Name
     """The target whose costs bound the child."""
-    costs: Literal["measured", "analytic"] = "measured"
+    costs: Literal["measured", "analytic"] = Field(default="measured", exclude_if=lambda value: value == "measured")
     """Which costs will do. `measured`: only what an engine measured, here or where it was imported from. `analytic`: where nobody
     measured the target, a roofline from published peaks will do as well; what rests on it is labelled analytic everywhere."""
     objective: Objective = Objective()

@@ -43,7 +43,7 @@ class Target(Settings):
     """Engines each probe is measured in."""
     repeats: int = Field(default=5, gt=1)
     """Timed repeats an engine; the median counts."""
-    heldout_models: int = Field(default=0, ge=0)
+    heldout_models: int = Field(default=0, ge=0, exclude_if=lambda value: value == 0)
     """Random models, none of them a probe, that are measured to check what the costs predict; 8 or more tell, 0 leaves it."""
 
     @field_validator("batch_sizes")

@@ -20,13 +20,14 @@ from puzzle_dag.engine.worker import count_prefill_tokens
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.piece_costs import Phase
 
+VERSION = 1
 LAUNCH_S = {"eager": 5e-6, "compiled": 2e-6}
 """Assumption: seconds to launch a kernel, by mode; compiled stands for CUDA graphs."""
 STEP_S = 1e-3
 """Assumption: seconds of the engine's own work a step (scheduling, sampling, answering)."""
 MESSAGE_S = 10e-6
 """Assumption: latency of one collective between tensor-parallel accelerators."""
-ENGINE_VERSION = "roofline 1"
+ENGINE_VERSION = f"roofline {VERSION}"
 """What stands where a measured row names its engine."""
 
 

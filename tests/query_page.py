@@ -12,7 +12,9 @@ import duckdb
 
 PAGE = Path(__file__).parents[1] / "docs" / "queries.md"
 HEADING = "## The schema\n"
-_ROW = re.compile(r"\| `(\w+)` \| (\w+(?:\[\])?) \| (.*) \|")
+_ROW = re.compile(r"\| `(\w+)` \| (\w+(?:\[\])?|\?) \| (.*) \|")
+
+UNKNOWN = "?"
 
 Schema = dict[str, dict[str, str]]
 """Table -> column -> type."""
@@ -26,8 +28,16 @@ def read_database(path: Path) -> Schema:
         ).fetchall()
     found: Schema = {}
     for table, column, kind in rows:
-        found.setdefault(table, {})[column] = kind
+        found.setdefault(table, {})[column] = UNKNOWN if kind == '"NULL"' else kind
     return found
+
+
+def complete(found: Schema, told: Schema) -> Schema:
+    """Return a schema with the types that a file can't tell (of columns that are NULL in every row) taken from the page."""
+    return {
+        table: {c: told.get(table, {}).get(c, kind) if kind == UNKNOWN else kind for c, kind in columns.items()}
+        for table, columns in found.items()
+    }
 
 
 def read_page(text: str) -> tuple[Schema, dict[tuple[str, str], str]]:
@@ -65,7 +75,8 @@ def write_page(database: Path) -> None:
     head, _, section = text.partition(HEADING)
     intro = section.partition("### ")[0]
     said = {m[1]: m[2].strip() for m in re.finditer(r"### `(\w+)`\n\n([^|\n][^\n]*)\n", section)}
-    PAGE.write_text(head + HEADING + intro + render(read_database(database), read_page(text)[1], said))
+    told, words = read_page(text)
+    PAGE.write_text(head + HEADING + intro + render(complete(read_database(database), told), words, said))
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ from puzzle_dag.engine.jobs import BatchTimes, EngineJob, EngineResult
 
 def _layer_seconds(config: dict[str, Any]) -> float:
     """A microsecond a channel, ten a KV head; linear places cost five."""
-    layers = config.get("per_layer_config") or {}
+    # From ten layers on transformers writes the keys with leading zeros.
+    layers = {int(k): v for k, v in (config.get("per_layer_config") or {}).items()}
     total = 0.0
     for index in range(config["num_hidden_layers"]):
-        layer = layers.get(str(index), {})
+        layer = layers.get(index, {})
         skip, linear = layer.get("skip") or [], layer.get("replace_with_linear") or []
         heads = layer.get("num_key_value_heads", config["num_key_value_heads"])
         width = layer.get("intermediate_size", config["intermediate_size"])

@@ -128,7 +128,7 @@ class Roofline:
         """Return the seconds to exchange a hidden state; an all-reduce sends (p - 1) / p of it twice, an all-gather once."""
         if self.parallel == 1:
             return 0.0
-        sent = times * (self.parallel - 1) / self.parallel * tokens * self.shape.hidden_size * self.types.weight
+        sent: float = times * (self.parallel - 1) / self.parallel * tokens * self.shape.hidden_size * self.types.weight
         return sent / self.accelerator.link_bytes_per_s + MESSAGE_S
 
     def linear_place_s(self, tokens: float) -> float:

@@ -130,7 +130,7 @@ def residual_plot(comparisons: Sequence[PredictionPoint], *, title: str = "") ->
         for kind, colour in (("probe", BLUE), ("held out", ORANGE)):
             points = [(c.measured_s, 100 * c.error) for c in comparisons if (c.kind, c.phase) == (kind, phase)]
             if points:
-                ax.scatter(*zip(*points, strict=True), s=12, color=colour, alpha=0.75, linewidths=0, label=kind)
+                ax.scatter([x for x, _ in points], [y for _, y in points], s=12, color=colour, alpha=0.75, linewidths=0, label=kind)
         ax.axhline(0, color=MUTED, linewidth=1)
         ax.set_xscale("log")
         set_labels(ax, title=f"{title}: {phase}" if title else phase, x="measured (s)", y="predicted - measured (%)")

@@ -31,13 +31,15 @@ def heldout_is_predicted(plan: Plan) -> Callable[[dg.AssetCheckExecutionContext,
         from puzzle_dag.costs.heldout import ENOUGH_MODELS, judge
 
         target = workspace.target_of(workspace.shelf.value("target_spec", context.partition_key))
-        source = workspace.shelf.value("block_costs", context.partition_key)["source"]
+        source = workspace.shelf.value("block_costs", context.partition_key).get("source", "measured")
         if source != "measured":
             return _skipped(f"the costs are {source}; there are no engines of this machine to hold them against")
         if target.heldout_models == 0:
             return _skipped("the target's `heldout_models` is 0; set it to 8 or more to have the costs checked")
         found = read_rows(workspace.tables / "predictions" / f"{target.name}.parquet")
         verdicts = judge(Comparison(**r) for r in found)
+        if not verdicts:
+            return _skipped("the search space has no model that is no probe")
         passed, enough = all(v.passed for v in verdicts), all(v.num_models >= ENOUGH_MODELS for v in verdicts)
         return dg.AssetCheckResult(
             passed=passed and enough,

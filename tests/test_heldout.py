@@ -56,6 +56,7 @@ def test_limits_give_way_to_noise_only(errors, noise, passed):
 def test_only_held_out_models_at_batch_8_and_more_are_judged():
     rows = make_rows([0.5] * 3, batch=4) + make_rows([0.01] * 3, batch=8) + make_rows([0.9] * 3, kind="probe")
     assert [(v.batch, v.phase, v.num_models, v.passed) for v in judge(rows)] == [(8, "prefill", 3, True), (8, "total", 3, True)]
+    assert judge(make_rows([0.9] * 3, kind="probe")) == []
     assert judged_batches([1, 4]) == [4] and judged_batches([1, 8, 32]) == [8, 32]
 
 

@@ -80,7 +80,7 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
 
         def progress(done: int, total: int, unit: str) -> None:
             nonlocal num_engines_run
-            num_engines_run = max(num_engines_run, done)
+            num_engines_run += done > 0  # once an engine; probes and held-out models are rounds of their own
             log(done, total, unit)
 
         with workspace.device():

@@ -18,10 +18,16 @@ from assets.library import space_from_json
 from assets.materialise import table
 from assets.plan import Plan
 from assets.search import read_costs, read_scores
+from assets.served import Verdict, overall_verdict
 from puzzle_dag.architecture import Block
 from resources.workspace import Workspace
 
 Body = Callable[[dg.AssetCheckExecutionContext, Workspace], dg.AssetCheckResult]
+_VERDICTS: dict[Verdict, str] = {
+    "met": "no part of the confidence interval is more than 5 % short",
+    "missed": "the whole confidence interval is more than 5 % short",
+    "unclear": "the confidence interval straddles the bound: measure more engines, or on a quieter machine",
+}
 
 
 def _check(
@@ -156,7 +162,14 @@ def _serves_as_asked(plan: Plan) -> Body:
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
         rows = constraints_met(plan, workspace, read_chain(workspace, context.partition_key))
         # A scenario may bound nothing that an engine measures (parameters); then there is nothing to miss.
-        return _result(all(r["met"] for r in rows), blocking=False, constraints=table(rows))
+        verdict = overall_verdict(rows)
+        severity = dg.AssetCheckSeverity.ERROR if verdict == "missed" else dg.AssetCheckSeverity.WARN
+        return dg.AssetCheckResult(
+            passed=verdict == "met",
+            severity=severity,
+            description=_VERDICTS[verdict],
+            metadata={"verdict": verdict, "constraints": table(rows)},
+        )
 
     return body
 
@@ -226,6 +239,6 @@ def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
             scenarios,
             _serves_as_asked(plan),
             blocking=False,
-            description="The engine's measurement meets the scenario, within 5 % beyond its interval.",
+            description="The engine's measurement meets the scenario within 5 %: an error where it can't, a warning where it is unclear.",
         ),
     ]

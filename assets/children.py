@@ -72,6 +72,7 @@ def _child_asset(plan: Plan) -> dg.AssetsDefinition:
     )
     def child(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         from puzzle_dag.children.assemble import assemble_child
+        from puzzle_dag.model.chat_template import inherit_chat_template
 
         solution = workspace.shelf.value("solution", context.partition_key)["solution"]
         pieces = chosen_pieces(workspace, solution["choices"])
@@ -80,6 +81,7 @@ def _child_asset(plan: Plan) -> dg.AssetsDefinition:
             time, parent = Stopwatch(), workspace.load_parent()
             inputs = {"version": stage_version(stages[0]), "parent": parent.digest, "choices": solution["digest"]}
             made = workspace.keep("child", inputs, lambda folder: (assemble_child(parent, architecture, pieces, folder / CHECKPOINT), {}))
+            inherit_chat_template(parent.folder, made.folder / CHECKPOINT)
             divergence = _divergence(workspace, made.folder / CHECKPOINT)
         value = {"solution": solution["digest"], "key": made.folder.name, "digest": made.digest, "divergence": divergence}
         return materialised(
@@ -163,10 +165,13 @@ def _uptrained_child_asset(plan: Plan) -> dg.AssetsDefinition:
         )
     )
     def uptrained_child(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        from puzzle_dag.model.chat_template import inherit_chat_template
+
         child = workspace.shelf.value("child", context.partition_key)
         with workspace.device():
             time = Stopwatch()
             made = _uptrain(plan, workspace, context.partition_key, child)
+            inherit_chat_template(workspace.load_parent().folder, made.folder / CHECKPOINT)
             divergence = _divergence(workspace, made.folder / CHECKPOINT)
         report = {k: v for k, v in made.metadata.items() if k != "curve"}
         value = {"child": child["digest"], "key": made.folder.name, "digest": made.digest, "divergence": divergence, "report": report}

@@ -15,6 +15,7 @@ from assets.configuration import configuration_assets
 from assets.costs import cost_assets
 from assets.grading import grading_assets
 from assets.library import library_assets
+from assets.online import online_assets
 from assets.parent import parent_assets
 from assets.plan import Plan, make_plan
 from assets.results import result_assets
@@ -38,6 +39,7 @@ def build_definitions(plan: Plan) -> dg.Definitions:
         search_assets,
         child_assets,
         grading_assets,
+        online_assets,
         result_assets,
     )
     return dg.Definitions(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from assets.plan import Plan
-from assets.served import constraint_rows, measured_constraints
+from assets.served import constraint_rows, measured_constraints, overall_verdict
 from puzzle_dag.store import fingerprint
 from resources.workspace import Workspace
 
@@ -101,7 +101,7 @@ def result_row(plan: Plan, workspace: Workspace, chain: Chain) -> dict[str, Any]
         "memory_bytes": predicted.get("memory_bytes"),
         "parameters": predicted.get("parameters"),
         "parent_parameters": solution.get("parent", {}).get("parameters"),
-        "constraints_met": all(c["met"] for c in constraints_met(plan, workspace, chain)) if chain.serving else None,
+        "constraints_verdict": overall_verdict(constraints_met(plan, workspace, chain)) if chain.serving else None,
         "kl_assembled": (chain.child or {}).get("divergence", {}).get("kl", {}).get("mean"),
         "kl": (chain.uptrained or {}).get("divergence", {}).get("kl", {}).get("mean"),
         "retention": retained,

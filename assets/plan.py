@@ -22,10 +22,13 @@ GROUPS = {
     "4_scores": ("block_scores", "layer_group", "score_table"),
     "5_costs": ("block_costs", "cost_table"),
     "6_search": ("solution",),
-    "7_children": ("child", "uptrained_child", "accuracy", "serving"),
+    "7_children": ("child", "uptrained_child", "accuracy", "serving", "load_curve", "speculation"),
     "8_results": ("frontier", "tables"),
 }
 """Groups in the order that data flows through them, which is the order the UI sorts them in."""
+
+OPT_IN = ("load_curve", "speculation")
+"""Assets that exist only where the profile has settings under their name; each takes minutes a scenario."""
 
 _GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
@@ -42,6 +45,11 @@ class Plan:
     """The parent's PuzzleDagConfig, read without its weights."""
     partitions: Partitions
     """Partition sets."""
+
+    @property
+    def opted_in(self) -> tuple[str, ...]:
+        """Names of the OPT_IN assets that the profile asks for."""
+        return tuple(name for name in OPT_IN if getattr(self.profile, name) is not None)
 
     def key(self, name: str) -> dg.AssetKey:
         """Return an asset's key, prefixed with the profile's name."""

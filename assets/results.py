@@ -66,7 +66,7 @@ def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
     @dg.asset(
         **plan.options(
             "tables",
-            deps=["score_table", "cost_table", "frontier"],
+            deps=["score_table", "cost_table", "frontier", *plan.opted_in],
             stages=[],
             kinds=("duckdb",),
             description="All rows in one DuckDB file, built under another name and renamed; the Parquet files are the truth.",
@@ -76,7 +76,8 @@ def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
         from puzzle_dag.tables import build_tables
 
         time, wanted = Stopwatch(), _partition_names(plan)
-        sources = {name: [p for p in sorted((workspace.tables / name).glob("*.parquet")) if p.stem in wanted] for name in _TABLES}
+        partitioned = (*_TABLES, *plan.opted_in)
+        sources = {name: [p for p in sorted((workspace.tables / name).glob("*.parquet")) if p.stem in wanted] for name in partitioned}
         singles = ("score_table", "frontier", "parent_accuracy")
         sources |= {name: [workspace.tables / f"{name}.parquet"] for name in singles if (workspace.tables / f"{name}.parquet").exists()}
         num_rows = build_tables(sources, workspace.database)

@@ -1,15 +1,19 @@
 """What was asked for against what was measured: each constraint of a scenario, from the serving of parent and child."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+from scipy.stats import t as student_t
 
 from puzzle_dag.config import Bound, Scenario, Target
 
 TOLERANCE = 0.05
-"""A measurement may miss its constraint by this share, beyond its confidence interval."""
-_Z = 1.96
+"""A measurement may miss its constraint by this share."""
+Verdict = Literal["met", "missed", "unclear"]
+"""What a measurement, whose interval may straddle a bound, can say of it."""
+_TIMED = ("throughput_tokens_per_s", "latency_s", "ttft_s", "tpot_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,8 @@ class MeasuredConstraint:
     """Lower end of the 95 % confidence interval."""
     high: float
     """Upper end."""
-    met: bool
-    """Whether the bound lies within the interval widened by the tolerance."""
+    verdict: Verdict
+    """"missed": the whole interval is more than the tolerance short; "met": no part of it is; "unclear": only a part is."""
 
 
 def _models(report: Mapping[str, Any], name: str) -> dict[int, Mapping[str, Any]]:
@@ -57,6 +61,66 @@ def _words(bound: Bound) -> str:
     return " and ".join(s for s in sides if s) + (" x the parent's" if bound.relative_to else "")
 
 
+def _half_width(models: list[Mapping[str, Any]]) -> float:
+    """Return the relative half width of the 95 % interval of a product of measurements, from the engines' noise.
+
+    Student's t, with Welch and Satterthwaite's degrees of freedom: three engines say little of their own spread.
+    """
+    parts = [m["engine_noise"] ** 2 / m["num_engines"] for m in models]
+    if sum(parts) == 0:
+        return 0.0
+    freedom = sum(parts) ** 2 / sum(p**2 / (m["num_engines"] - 1) for p, m in zip(parts, models, strict=True))
+    return float(student_t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
+
+
+def _paired(name: str, report: Mapping[str, Any], child: str, batch: int) -> tuple[float, float, float] | None:
+    """Return a multiple of the parent's value with its interval as measured in turns, which cancels the machine's slow minutes."""
+    turns = next((s for s in report["speedups"] if (s["child"], s["batch"]) == (child, batch)), None)
+    if turns is None or name not in ("throughput_tokens_per_s", "latency_s"):
+        return None
+    if name == "latency_s":
+        return 1 / turns["speedup"], 1 / turns["high"], 1 / turns["low"]
+    return turns["speedup"], turns["low"], turns["high"]
+
+
+def _relative(
+    name: str, bound: Bound, target: Target, report: Mapping[str, Any], child: str, batch: int
+) -> tuple[float, float, float] | None:
+    """Return the child's multiple of the parent's value, with its interval; None for what no engine is needed for."""
+    own, parents = _models(report, child)[batch], _models(report, "parent")
+    value, timed = _value(name, own, bound, target), name in _TIMED
+    if value is None:
+        return None
+    # The parent's throughput is its best over the batch sizes; everything else compares at one batch size.
+    at = [b for b in parents if b == batch or name == "throughput_tokens_per_s"]
+    values = {b: v for b in at if (v := _value(name, parents[b], bound, target))}
+    best = max(values, key=lambda b: values[b])
+    if best == batch and (paired := _paired(name, report, child, batch)) is not None:
+        return paired
+    ratio, half = value / values[best], _half_width([own, parents[best]]) if timed else 0.0
+    return ratio, ratio * (1 - half), ratio * (1 + half)
+
+
+def _absolute(
+    name: str, bound: Bound, target: Target, report: Mapping[str, Any], child: str, batch: int
+) -> tuple[float, float, float] | None:
+    """Return the child's value with its interval; None for what no engine is needed for."""
+    own = _models(report, child)[batch]
+    value = _value(name, own, bound, target)
+    if value is None:
+        return None
+    half = _half_width([own]) if name in _TIMED else 0.0
+    return value, value * (1 - half), value * (1 + half)
+
+
+def _judge(bound: Bound, low: float, high: float) -> Verdict:
+    least = -math.inf if bound.at_least is None else bound.at_least * (1 - TOLERANCE)
+    most = math.inf if bound.at_most is None else bound.at_most * (1 + TOLERANCE)
+    if high < least or low > most:
+        return "missed"
+    return "met" if low >= least and high <= most else "unclear"
+
+
 def measured_constraints(scenario: Scenario, target: Target, report: Mapping[str, Any], child: str, batch: int) -> list[MeasuredConstraint]:
     """Return the constraints that the engine's measurement speaks of.
 
@@ -67,28 +131,19 @@ def measured_constraints(scenario: Scenario, target: Target, report: Mapping[str
         child: the child's name in it.
         batch: the batch size that the solution keeps.
     """
-    children, parents, rows = _models(report, child), _models(report, "parent"), []
+    children, rows = _models(report, child), []
     for name, bound in scenario.constraints.items():
         at = bound.at.batch if bound.at and bound.at.batch in children else batch
-        own = _value(name, children[at], bound, target)
-        if own is None:
-            continue
-        timed = name in ("throughput_tokens_per_s", "latency_s", "ttft_s", "tpot_s")
-        noise = children[at]["engine_noise"] ** 2 / children[at]["num_engines"] if timed else 0.0
-        if bound.relative_to:
-            # The parent's throughput is its best over the batch sizes; everything else compares at one batch size.
-            theirs = [
-                v for b, m in parents.items() if (v := _value(name, m, bound, target)) and (b == at or name == "throughput_tokens_per_s")
-            ]
-            own /= max(theirs)
-            noise += parents[at]["engine_noise"] ** 2 / parents[at]["num_engines"] if timed else 0.0
-        half = _Z * math.sqrt(noise) * own
-        low, high = own - half, own + half
-        met = (bound.at_least is None or high >= bound.at_least * (1 - TOLERANCE)) and (
-            bound.at_most is None or low <= bound.at_most * (1 + TOLERANCE)
-        )
-        rows.append(MeasuredConstraint(name, at, _words(bound), own, low, high, met))
+        measured = (_relative if bound.relative_to else _absolute)(name, bound, target, report, child, at)
+        if measured is not None:
+            rows.append(MeasuredConstraint(name, at, _words(bound), *measured, _judge(bound, measured[1], measured[2])))
     return rows
+
+
+def overall_verdict(rows: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Return "missed" where any constraint is, else "unclear" where any is, else "met" (also of none: then nothing can be missed)."""
+    verdicts = {r["verdict"] for r in rows}
+    return "missed" if "missed" in verdicts else "unclear" if "unclear" in verdicts else "met"
 
 
 def constraint_rows(constraints: list[MeasuredConstraint]) -> list[dict[str, Any]]:

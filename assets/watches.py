@@ -5,6 +5,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 
 - `cost_variants` hangs on every layer's space, but only on their union.
 - `block_costs` may be analytic only where a scenario of its target says so, and nobody measured it.
+- `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.
 - `cost_table`, `frontier` and `tables` gather what there is, so a partition that went away counts, too.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from assets.plan import Plan
 from puzzle_dag.architecture import LayerSpace, layer_index, variant_union
 from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus
+from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE, digest_chat_template
 from puzzle_dag.preflight import check_scenario, resolve_spaces
 from puzzle_dag.store import digest_file, fingerprint, write_atomically
 from resources.workspace import Workspace
@@ -47,8 +49,8 @@ def watch_parent(plan: Plan, workspace: Workspace, _: str | None = None) -> dict
         return {"source": source.model_dump()}
     folder = workspace.root_folder / source.path
     files = sorted({p for pattern in _CHECKPOINT_FILES for p in folder.glob(pattern)})
-    # training.json and the like tell about the checkpoint; they are not the checkpoint
-    files = [p for p in files if p.name not in ("training.json", "README.md")]
+    # training.json and the like tell about the checkpoint; they are not the checkpoint. The children watch the chat template.
+    files = [p for p in files if p.name not in ("training.json", "README.md", CHAT_TEMPLATE_FILE)]
     return {"source": source.model_dump(), "files": _digest_files(files, workspace.var / "hashes" / "parent.json")}
 
 
@@ -115,10 +117,17 @@ def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None)
     return scenario.model_dump(mode="json")
 
 
+def watch_chat_template(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
+    """Return the digest of the chat template that children inherit from a local parent; {} where there is none."""
+    source = workspace.read_profile().parent
+    digest = None if source.path is None else digest_chat_template(workspace.root_folder / source.path)
+    return {} if digest is None else {"chat_template": digest}
+
+
 def watch_uptrain_budget(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
-    """Return how long a scenario's child is healed."""
+    """Return how long a scenario's child is healed, and the chat template that it inherits."""
     assert partition is not None
-    return workspace.read_scenario(partition).uptrain.model_dump()
+    return {**workspace.read_scenario(partition).uptrain.model_dump(), **watch_chat_template(plan, workspace)}
 
 
 def watch_serving_target(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
@@ -146,7 +155,9 @@ def watch_frontier(plan: Plan, workspace: Workspace, _: str | None = None) -> di
 
 def watch_tables(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
     """Return what the tables are made of."""
-    return {asset: _versions(workspace, asset) for asset in ("score_table", "cost_table", "frontier")}
+    gathered = {asset: _versions(workspace, asset) for asset in ("score_table", "cost_table", "frontier")}
+    scenarios = workspace.read_profile().scenarios
+    return gathered | {asset: _versions(workspace, asset, scenarios) for asset in plan.opted_in}
 
 
 WATCHES: dict[str, Watch] = {
@@ -157,6 +168,7 @@ WATCHES: dict[str, Watch] = {
     "target_spec": watch_target_spec,
     "block_costs": watch_block_costs,
     "scenario_spec": watch_scenario_spec,
+    "child": watch_chat_template,
     "uptrained_child": watch_uptrain_budget,
     "serving": watch_serving_target,
     "cost_table": watch_cost_table,

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig
 
 from puzzle_dag.architecture import FFN, Attention, Block
-from puzzle_dag.children.serve import ServingError, estimate_ratio, measure_serving
+from puzzle_dag.children.serve import ServingError, measure_serving
 from puzzle_dag.config import ParentSource, Target
 from puzzle_dag.costs import measure
 from puzzle_dag.costs.measure import PROBE_KIND, WorkloadTooLongError, measure_target
@@ -28,6 +28,7 @@ from puzzle_dag.model.checkpoint import child_config, save_checkpoint
 from puzzle_dag.model.families import to_puzzle_dag_config
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.model.parent import load_parent
+from puzzle_dag.paired_ratio import estimate_ratio
 from puzzle_dag.store import ArtifactStore
 
 SETTINGS, WORKLOAD = EngineSettings(), Workload(input_length=8, output_length=4, batch_sizes=(1, 2), repeats=2)

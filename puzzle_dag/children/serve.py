@@ -4,18 +4,16 @@ Engines of parent and children take turns in one worker, so that the machine's s
 is taken within each turn, and its confidence interval over the turns.
 """
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from scipy.stats import t as student_t  # type: ignore[import-untyped]
-
 from puzzle_dag.config import Target
 from puzzle_dag.engine.client import run_engines
 from puzzle_dag.engine.hardware import check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
+from puzzle_dag.paired_ratio import estimate_ratio
 from puzzle_dag.progress import Progress, silent
 
 VERSION = 1
@@ -106,20 +104,6 @@ class ServingReport:
             if (speedup.child, speedup.batch) == (child, batch):
                 return speedup
         raise KeyError(f"{child} was not served at batch {batch}")
-
-
-def estimate_ratio(parent_s: Sequence[float], child_s: Sequence[float]) -> tuple[float, float, float]:
-    """Return parent / child as (geometric mean, low, high): a 95 % interval by Student's t on the logarithms of paired ratios.
-
-    Args:
-        parent_s: the parent's seconds, one a turn.
-        child_s: the child's, of the same turns; two turns at least.
-    """
-    logs = [math.log(p / c) for p, c in zip(parent_s, child_s, strict=True)]
-    assert len(logs) >= 2
-    mean, error = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
-    half = float(student_t.ppf(0.975, len(logs) - 1)) * error
-    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
 def _summarise(model: str, batch: int, results: Sequence[EngineResult], target: Target, predicted_s: float | None) -> ServedModel:

@@ -4,6 +4,7 @@ Each is one YAML file under conf/profiles/, conf/targets/ or conf/scenarios/; th
 Everything is validated before any compute is spent, and an error names the file, the field, the value and the fix.
 """
 
+from puzzle_dag.config.online import LoadCurveSettings, SpeculationSettings
 from puzzle_dag.config.profile import (
     AccuracySettings,
     BundledCorpus,
@@ -29,6 +30,7 @@ __all__ = [
     "ConstraintName",
     "LayerOverride",
     "LibrarySettings",
+    "LoadCurveSettings",
     "Name",
     "Objective",
     "ParentSource",
@@ -36,6 +38,7 @@ __all__ = [
     "Scenario",
     "SearchSpaceSettings",
     "Settings",
+    "SpeculationSettings",
     "Target",
     "TextCorpus",
     "TokenBudgets",

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from puzzle_dag.config.online import LoadCurveSettings, SpeculationSettings
 from puzzle_dag.config.reading import Name, Settings, check_name, read_settings
 from puzzle_dag.config.space import SearchSpaceSettings
 
@@ -145,6 +146,10 @@ class Profile(Settings):
     """Training of the children."""
     accuracy: AccuracySettings
     """Grading."""
+    load_curve: LoadCurveSettings | None = None
+    """Parent and children behind `vllm serve`, under load; not measured unless given."""
+    speculation: SpeculationSettings | None = None
+    """Children as draft models of their parent; not measured unless given."""
     targets: tuple[Name, ...]
     """Names of target files that this profile measures."""
     scenarios: tuple[Name, ...]

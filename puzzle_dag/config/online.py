@@ -1,0 +1,47 @@
+"""What is measured of served children beyond the scenarios' constraints; both cost minutes a scenario, so both are off unless given."""
+
+from pydantic import Field, field_validator
+
+from puzzle_dag.config.reading import Settings
+
+
+def _increasing(value: tuple[int, ...]) -> tuple[int, ...]:
+    if any(b <= 0 for b in value) or list(value) != sorted(set(value)):
+        raise ValueError(f"{list(value)} must be positive and increasing, e.g. [1, 4, 16]")
+    return value
+
+
+class LoadCurveSettings(Settings):
+    """`vllm bench serve` against `vllm serve`, for parent and child at several concurrencies."""
+
+    concurrencies: tuple[int, ...] = Field(min_length=1)
+    """Requests under way at any time. Those among the target's batch sizes have a prediction beside them."""
+    rounds: int = Field(default=8, gt=0)
+    """Requests of each concurrency, as a multiple of it."""
+    turns: int = Field(default=3, gt=1)
+    """Servers of each model, parent and child by turns."""
+
+    @field_validator("concurrencies")
+    @classmethod
+    def _check_concurrencies(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _increasing(value)
+
+
+class SpeculationSettings(Settings):
+    """A child as the draft model of its own parent, against the parent alone."""
+
+    num_draft_tokens: int = Field(default=3, gt=0)
+    """Tokens that the child proposes before the parent looks at them."""
+    batch_sizes: tuple[int, ...] = Field(default=(1, 8), min_length=1)
+    """Concurrent requests."""
+    output_length: int = Field(default=64, gt=1)
+    """Generated tokens a request."""
+    turns: int = Field(default=3, gt=1)
+    """Engines with and without the draft model, by turns."""
+    repeats: int = Field(default=3, gt=0)
+    """Timed repeats an engine; the median counts."""
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _check_batch_sizes(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return _increasing(value)

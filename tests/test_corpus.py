@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 from puzzle_dag.corpus.mixture import mix_tokens, pack_rows, skill_lines
 from puzzle_dag.corpus.skills import NUM_CHOICES, Skill, build_skills, choose
 from puzzle_dag.corpus.stdlib import python_version, read_stdlib, split_of
-from puzzle_dag.corpus.tokenizer import END_OF_TEXT, load_tokenizer
+from puzzle_dag.corpus.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, load_tokenizer
 from puzzle_dag.corpus.world import ATTRIBUTES, World, build_world
 
 WORLD = build_world(7)
@@ -159,3 +159,17 @@ def test_tokenizer_round_trips_and_keeps_digits_apart(micro_tokenizer: PreTraine
     assert ids == micro_tokenizer(text)["input_ids"] and loaded.decode(ids) == text
     assert [loaded.decode([i]) for i in loaded("1234")["input_ids"]] == ["1", "2", "3", "4"]
     assert loaded.convert_ids_to_tokens(loaded.eos_token_id) == END_OF_TEXT
+
+
+def test_the_bundled_parents_chat_template_writes_documents_of_the_corpus() -> None:
+    """A question and its answer are a document; the next question starts another, as in a row of training tokens."""
+    tokenizer = load_tokenizer(Path(__file__).parents[1] / "parents" / "tiny")
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    chat = [
+        {"role": "system", "content": "facts: ada city lome"},
+        {"role": "user", "content": "sum: 3 + 4 ="},
+        {"role": "assistant", "content": "7"},
+        {"role": "user", "content": " copy: fox dog = "},
+    ]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == f"facts: ada city lome{END_OF_TEXT}sum: 3 + 4 = 7{END_OF_TEXT}copy: fox dog ="

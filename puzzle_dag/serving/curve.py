@@ -108,7 +108,8 @@ def _level(
         ratio = estimate_ratio([1 / r for r in theirs], [1 / r for r in rates])
     num_tokens = concurrency * (target.input_length + target.output_length)
     total_s = predicted.prefill_s + predicted.decode_s if predicted else None
-    latencies = ("ttft_median_s", "ttft_p99_s", "tpot_median_s", "tpot_p99_s", "latency_median_s", "latency_p99_s")
+    names = ("ttft_median_s", "ttft_p99_s", "tpot_median_s", "tpot_p99_s", "latency_median_s", "latency_p99_s")
+    latencies: dict[str, Any] = {name: statistics.median(getattr(p, name) for p in own) for name in names}
     return LoadLevel(
         model=model,
         concurrency=concurrency,
@@ -122,7 +123,7 @@ def _level(
         speedup=ratio[0],
         speedup_low=ratio[1],
         speedup_high=ratio[2],
-        **{name: statistics.median(getattr(p, name) for p in own) for name in latencies},
+        **latencies,
     )
 
 

@@ -14,7 +14,7 @@ from puzzle_dag.engine.hardware import Hardware
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.serving.bench import PARTIAL
 from puzzle_dag.serving.program import Program, engine_environment
-from puzzle_dag.serving.server import Server
+from puzzle_dag.serving.server import HOST, Server
 
 POINT_LIMIT_S = 900.0
 """Seconds that the client may take for one concurrency, its own start included."""
@@ -60,30 +60,41 @@ class LoadPoint:
         return asdict(self)
 
 
-def bench_arguments(
-    server: Server, folder: Path, target: Target, concurrency: int, num_requests: int, seed: int, result: Path
-) -> list[str]:
-    """Return the arguments of `vllm bench serve` for one run: random prompts of the target's lengths, answered in full, greedily."""
+def write_prompts(path: Path, target: Target, num_requests: int, seed: int) -> None:
+    """Write what vLLM's benchmark calls a trace: for each request its lengths and a number that its random tokens hang on.
+
+    Its plain random prompts are text, which a server may cut into more tokens than asked for; a trace's are tokens.
+    """
+    request = {"timestamp": 0, "input_length": target.input_length, "output_length": target.output_length}
+    lines = [json.dumps({**request, "hash_ids": [seed * num_requests + i]}) for i in range(num_requests)]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def bench_arguments(server: Server, folder: Path, target: Target, concurrency: int, prompts: Path, num_requests: int) -> list[str]:
+    """Return the arguments of `vllm bench serve` for one run: as many requests at once as `concurrency`, all answered in full, greedily.
+
+    The result goes beside the prompts, as `<stem>.json`.
+    """
     options = {
         "--backend": "openai",
         "--base-url": server.url,
         "--endpoint": "/v1/completions",
         "--model": server.name,
         "--tokenizer": folder.resolve(),
-        "--dataset-name": "random",
-        "--random-input-len": target.input_length,
-        "--random-output-len": target.output_length,
+        "--dataset-name": "timed_trace",
+        "--dataset-path": prompts,
+        "--timed-trace-chunk-hash-size": target.input_length,
         "--num-prompts": num_requests,
         "--num-warmups": concurrency,
         "--max-concurrency": concurrency,
         "--temperature": 0,
-        "--seed": seed,
         "--percentile-metrics": "ttft,tpot,itl,e2el",
         "--metric-percentiles": "99",
-        "--result-dir": result.parent,
-        "--result-filename": result.name + PARTIAL,
+        "--result-dir": prompts.parent,
+        "--result-filename": f"{prompts.stem}.json{PARTIAL}",
     }
-    return [*(str(x) for pair in options.items() for x in pair), "--ignore-eos", "--save-result", "--disable-tqdm"]
+    flags = ["--no-self-timed", "--ignore-eos", "--save-result", "--disable-tqdm"]
+    return [*(str(x) for pair in options.items() for x in pair), *flags]
 
 
 def read_point(result: dict[str, Any], *, num_requests: int, output_length: int) -> LoadPoint:
@@ -128,6 +139,13 @@ def _wait_for(path: Path, client: Program, server: Server, limit_s: float) -> di
     return content
 
 
+def _client_environment(hardware: Hardware) -> dict[str, str]:
+    """Return the client's environment: the same prompts in every process, and no proxy between it and this machine."""
+    environment = engine_environment(hardware)
+    without_proxy = ",".join(x for x in (environment.get("NO_PROXY", ""), HOST) if x)
+    return {**environment, "PYTHONHASHSEED": "0", "NO_PROXY": without_proxy, "no_proxy": without_proxy}
+
+
 def put_under_load(
     server: Server,
     folder: Path,
@@ -159,16 +177,18 @@ def put_under_load(
         LoadFailedError: the benchmark or the server ended or hung, or requests failed.
     """
     with tempfile.TemporaryDirectory(prefix="puzzle-dag-load-") as scratch:
-        results = {c: Path(scratch) / f"concurrency-{c}.json" for c in concurrencies}
-        runs = [bench_arguments(server, folder, target, c, rounds * c, seed, results[c]) for c in concurrencies]
+        prompts = {c: Path(scratch) / f"concurrency-{c}.jsonl" for c in concurrencies}
+        for c, path in prompts.items():
+            write_prompts(path, target, rounds * c, seed)
+        runs = [bench_arguments(server, folder, target, c, path, rounds * c) for c, path in prompts.items()]
         (Path(scratch) / "runs.json").write_text(json.dumps(runs))
         command = [sys.executable, "-m", "puzzle_dag.serving.bench", str(Path(scratch) / "runs.json")]
-        with Program(command, Path(scratch) / "client.log", engine_environment(hardware)) as client:
-            for done, (concurrency, path) in enumerate(results.items(), 1):
-                result = _wait_for(path, client, server, point_limit_s)
+        with Program(command, Path(scratch) / "client.log", _client_environment(hardware)) as client:
+            for done, (concurrency, path) in enumerate(prompts.items(), 1):
+                result = _wait_for(path.with_suffix(".json"), client, server, point_limit_s)
                 try:
                     on_point(read_point(result, num_requests=rounds * concurrency, output_length=target.output_length))
                 except LoadFailedError as error:
                     tails = f"{client.tail()}\n{server.program.tail()}"
                     raise LoadFailedError(f"{server.name}, concurrency {concurrency}: {error}\n{tails}") from error
-                progress(done, len(results), "concurrencies")
+                progress(done, len(prompts), "concurrencies")

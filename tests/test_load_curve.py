@@ -1,0 +1,164 @@
+"""Load curves: whose turn it is, what an interrupted run goes on with, and what the points add up to."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from puzzle_dag.config import LoadCurveSettings, Target
+from puzzle_dag.engine.client import VllmMissingError
+from puzzle_dag.report.load import LoadMark, load_curves
+from puzzle_dag.serving import curve
+from puzzle_dag.serving.curve import LoadCurveError, PredictedLoad, measure_load_curve
+from puzzle_dag.serving.load import LoadFailedError, LoadPoint, read_point
+from puzzle_dag.serving.server import serve_command
+
+TARGET = Target(version=1, name="chat", hardware="local-cpu", mode="eager", input_length=64, output_length=11, batch_sizes=(1, 8))
+SETTINGS = LoadCurveSettings(concurrencies=(1, 4), rounds=2, turns=2)
+
+
+def make_point(concurrency: int, tokens_per_s: float) -> LoadPoint:
+    latency_s = concurrency * 75 / tokens_per_s
+    return LoadPoint(
+        concurrency=concurrency,
+        num_requests=2 * concurrency,
+        duration_s=2 * latency_s,
+        requests_per_s=concurrency / latency_s,
+        throughput_tokens_per_s=tokens_per_s,
+        output_tokens_per_s=tokens_per_s * 11 / 75,
+        ttft_median_s=latency_s / 4,
+        ttft_p99_s=latency_s / 2,
+        tpot_median_s=latency_s / 20,
+        tpot_p99_s=latency_s / 10,
+        latency_median_s=latency_s,
+        latency_p99_s=2 * latency_s,
+    )
+
+
+class Bench:
+    """Takes the place of servers and clients: the parent gives 100 tokens/s at a concurrency of 1, the child 150; a turn adds 10 %."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.servers: list[tuple[str, int, tuple[int, ...]]] = []
+        self.breaks_at: tuple[str, int, int] | None = None
+        patch.setattr(curve, "serve", self.serve)
+        patch.setattr(curve, "put_under_load", self.load)
+        patch.setattr(curve, "read_engine_version", lambda: "vllm 1")
+
+    @contextmanager
+    def serve(self, folder: Path, name: str, target: Target, **options: Any) -> Iterator[str]:
+        assert options["max_concurrency"] == 4 and (folder / "config.json").is_file()
+        yield name
+
+    def load(
+        self, server: str, folder: Path, target: Target, concurrencies: Any, *, seed: int, on_point: Callable[[LoadPoint], None], **_: Any
+    ) -> None:
+        self.servers.append((server, seed, tuple(concurrencies)))
+        for c in concurrencies:
+            if (server, seed, c) == self.breaks_at:
+                raise LoadFailedError("the server ended")
+            on_point(make_point(c, (100 if server == "parent" else 150) * c * (1 + 0.1 * seed)))
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(monkeypatch)
+
+
+def test_parent_and_child_take_turns_and_are_compared(micro_parent_folder: Path, bench: Bench) -> None:
+    predicted = {"parent": {1: PredictedLoad(prefill_s=0.25, decode_s=0.5)}}
+    told: list[int] = []
+    found = measure_load_curve(
+        micro_parent_folder,
+        {"fast": micro_parent_folder},
+        TARGET,
+        SETTINGS,
+        predicted=predicted,
+        progress=lambda done, *_: told.append(done),
+    )
+    assert bench.servers == [("parent", 0, (1, 4)), ("fast", 0, (1, 4)), ("parent", 1, (1, 4)), ("fast", 1, (1, 4))]
+    assert told == list(range(9))
+    parent, _, child, wide = found.levels
+    assert [(x.model, x.concurrency, x.num_requests) for x in found.levels] == [
+        ("parent", 1, 2),
+        ("parent", 4, 8),
+        ("fast", 1, 2),
+        ("fast", 4, 8),
+    ]
+    assert parent.throughput_tokens_per_s == pytest.approx(105) and parent.speedup is None
+    assert (parent.predicted_ttft_s, parent.predicted_tpot_s, parent.predicted_throughput_tokens_per_s) == (0.25, 0.05, 100.0)
+    assert child.predicted_ttft_s is None and child.predicted_throughput_tokens_per_s is None
+    assert (child.speedup, child.speedup_low, child.speedup_high) == (pytest.approx(1.5),) * 3  # both are 10 % up in the second turn
+    assert wide.throughput_tokens_per_s == pytest.approx(630) and wide.ttft_p99_s > wide.ttft_median_s
+
+
+def test_an_interrupted_run_goes_on_where_it_was(micro_parent_folder: Path, bench: Bench) -> None:
+    kept: dict[Any, LoadPoint] = {}
+    bench.breaks_at = ("fast", 0, 4)
+    options: dict[str, Any] = {"on_point": kept.__setitem__, "known": kept}
+    with pytest.raises(LoadFailedError):
+        measure_load_curve(micro_parent_folder, {"fast": micro_parent_folder}, TARGET, SETTINGS, **options)
+    assert sorted(kept) == [("fast", 0, 1), ("parent", 0, 1), ("parent", 0, 4)]
+    bench.breaks_at, bench.servers = None, []
+    found = measure_load_curve(micro_parent_folder, {"fast": micro_parent_folder}, TARGET, SETTINGS, **options)
+    assert bench.servers == [("fast", 0, (4,)), ("parent", 1, (1, 4)), ("fast", 1, (1, 4))] and len(found.levels) == 4
+
+
+def test_bad_input_is_refused_before_a_server_starts(micro_parent_folder: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(LoadCurveError, match="a child is named 'parent'"):
+        measure_load_curve(micro_parent_folder, {"parent": micro_parent_folder}, TARGET, SETTINGS)
+    with pytest.raises(LoadCurveError, match="fast: nowhere is no checkpoint"):
+        measure_load_curve(micro_parent_folder, {"fast": Path("nowhere")}, TARGET, SETTINGS)
+    with pytest.raises(ValueError, match=r"\[4, 1\] must be positive and increasing"):
+        LoadCurveSettings(concurrencies=(4, 1))
+
+    def missing() -> str:
+        raise VllmMissingError("vLLM is not installed")
+
+    monkeypatch.setattr(curve, "read_engine_version", missing)
+    with pytest.raises(VllmMissingError):
+        measure_load_curve(micro_parent_folder, {"fast": micro_parent_folder}, TARGET, SETTINGS)
+    assert bench.servers == []
+
+
+RESULT = {
+    "max_concurrency": 4,
+    "completed": 8,
+    "duration": 2.0,
+    "total_output_tokens": 88,
+    "request_throughput": 4.0,
+    "output_throughput": 44.0,
+    "total_token_throughput": 300.0,
+    **{f"{s}_{m}_ms": value for s, value in (("median", 250.0), ("p99", 500.0)) for m in ("ttft", "tpot", "e2el")},
+}
+
+
+def test_a_result_is_read_in_seconds_and_whole_answers_only_count() -> None:
+    point = read_point(RESULT, num_requests=8, output_length=11)
+    assert (point.concurrency, point.num_requests, point.ttft_median_s, point.latency_p99_s) == (4, 8, 0.25, 0.5)
+    with pytest.raises(LoadFailedError, match="1 of 9 requests failed"):
+        read_point(RESULT, num_requests=9, output_length=11)
+    with pytest.raises(LoadFailedError, match="8 answers have 88 tokens; asked for were 12 each"):
+        read_point(RESULT, num_requests=8, output_length=12)
+
+
+def test_a_server_is_started_as_the_target_says_and_listens_to_this_machine_only(micro_parent_folder: Path) -> None:
+    def options(**changes: Any) -> list[str]:
+        return serve_command(micro_parent_folder, "fast", TARGET.model_copy(update=changes), 4, 8123)
+
+    command = options(quantization="fp8", tensor_parallel_size=2)
+    given = dict(itertools.pairwise(command))
+    assert (given["--host"], given["--port"], given["--served-model-name"]) == ("127.0.0.1", "8123", "fast")
+    assert (given["--max-model-len"], given["--max-num-seqs"], given["--max-num-batched-tokens"]) == ("75", "4", "256")
+    assert (given["--quantization"], given["--tensor-parallel-size"], given["--dtype"]) == ("fp8", "2", "bfloat16")
+    assert "--enforce-eager" in command and "--trust-remote-code" not in command
+    assert "--enforce-eager" not in options(mode="compiled") and "--quantization" not in options()
+
+
+def test_the_picture_has_a_line_a_model_and_its_predictions() -> None:
+    marks = [LoadMark(1, 0.1, 750.0, 0.11, 700.0), LoadMark(4, 0.2, 1500.0)]
+    measured = load_curves({"parent": marks[1:], "fast": marks[1:]}, title="load")
+    assert measured.startswith(b"\x89PNG") and load_curves({"parent": marks, "fast": marks[1:]}, title="load") != measured

@@ -1,0 +1,155 @@
+"""A child as the draft model of its own parent: on real vLLM, and what is said where an engine can't."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from puzzle_dag.architecture import Block
+from puzzle_dag.config import ParentSource, SpeculationSettings, Target
+from puzzle_dag.model.checkpoint import child_config, save_checkpoint
+from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
+from puzzle_dag.model.parent import load_parent
+from puzzle_dag.serving import draft_worker, speculate
+from puzzle_dag.serving.speculate import SpeculationError, SpeculationFailedError, measure_speculation
+
+TARGET = Target(
+    version=1, name="draft", hardware="local-cpu", mode="eager", dtype="float32", input_length=16, output_length=4, batch_sizes=(2,)
+)
+SETTINGS = SpeculationSettings(num_draft_tokens=3, batch_sizes=(1, 2), output_length=12, turns=2, repeats=1)
+PROMPTS = [list(range(20, 32)), list(range(40, 52))]
+
+
+@pytest.fixture(scope="module")
+def twins(save_parent: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A parent, and a child of another architecture (half the KV heads; a no-op) that computes the very same function."""
+    folder = save_parent("llama")
+    parent = load_parent(ParentSource(path=folder.name), folder.parent)
+    first, last = parent.model.model.layers
+    with torch.no_grad():
+        for projection in (first.self_attn.k_proj, first.self_attn.v_proj):  # 4 heads of 32 channels, equal in pairs
+            heads = projection.weight.view(4, 32, -1)
+            heads[1], heads[3] = heads[0], heads[2]
+        last.self_attn.o_proj.weight.zero_()
+    state = dict(parent.model.state_dict())
+    work = tmp_path_factory.mktemp("twins")
+    save_checkpoint(parent.model, parent.tokenizer, work / "parent")
+    for name in ("k_proj", "v_proj"):
+        full = state[f"model.layers.0.self_attn.{name}.weight"]
+        state[f"model.layers.0.self_attn.{name}.weight"] = full.view(4, 32, -1)[::2].reshape(64, -1).clone()
+    child = PuzzleDagForCausalLM(child_config(parent.config, (Block.parse("kv2/w128"), Block.parse("noop/w128")))).eval()
+    child.load_state_dict({name: state[name] for name in child.state_dict()})
+    row = torch.tensor(PROMPTS)
+    with torch.no_grad():
+        torch.testing.assert_close(child(row).logits, parent.model(row).logits, atol=1e-5, rtol=0)
+    save_checkpoint(child, parent.tokenizer, work / "child")
+    return work / "parent", work / "child"
+
+
+def test_vllm_accepts_all_that_a_childs_equal_proposes(twins: tuple[Path, Path]) -> None:
+    pytest.importorskip("vllm")
+    engines: list[int] = []
+    report = measure_speculation(*twins, PROMPTS, TARGET, SETTINGS, progress=lambda done, total, unit: engines.append(done))
+    assert report.unsupported is None, report.unsupported
+    assert engines == [1, 2, 3, 4] and [b.batch for b in report.batches] == [1, 2]
+    for found in report.batches:
+        assert found.num_draft_tokens > 0 and found.acceptance_rate == 1.0 and found.tokens_per_step == 4.0
+        assert found.same_tokens == 1.0
+        assert found.parent_s > 0 and found.speculative_s > 0 and found.speedup_low <= found.speedup <= found.speedup_high
+
+
+def result(total_s: float, tokens: list[list[int]], **counts: int) -> dict[str, Any]:
+    counted = {"num_drafts": 0, "num_draft_tokens": 0, "num_accepted_tokens": 0, **counts}
+    return {"times": {"1": {"prefill_s": [0.1] * 3, "total_s": [9.0, total_s, 0.0], "tokens": tokens, **counted}}}
+
+
+def install(monkeypatch: pytest.MonkeyPatch, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Let a worker that needs no engine give `results`; return the jobs, once it has run."""
+    jobs: list[dict[str, Any]] = []
+    real = speculate.Program
+
+    def fake(command: list[str], log: Path, environment: dict[str, str]) -> Any:
+        jobs.extend(json.loads(Path(command[-1]).read_text()))
+        script = f"import json\nfor job, r in zip(json.load(open({command[-1]!r})), {results!r}): json.dump(r, open(job['result'], 'w'))"
+        return real([sys.executable, "-c", f"{script}\nprint('so much for that')"], log, environment)
+
+    monkeypatch.setattr(speculate, "Program", fake)
+    monkeypatch.setattr(speculate, "read_engine_version", lambda: "vllm 1")
+    return jobs
+
+
+def test_rates_and_speed_ups_are_those_of_the_turns(twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    drafts = {"num_drafts": 10, "num_draft_tokens": 30}
+    turns = [
+        result(2.0, [[1, 2, 3, 4]]),
+        result(1.0, [[1, 2, 9, 4]], **drafts, num_accepted_tokens=12),
+        result(4.0, [[1, 2, 3, 4]]),
+        result(1.0, [[1, 2, 3, 4]], **drafts, num_accepted_tokens=15),
+    ]
+    jobs = install(monkeypatch, turns)
+    settings = SETTINGS.model_copy(update={"batch_sizes": (1,)})
+    (found,) = measure_speculation(*twins, PROMPTS, TARGET, settings).batches
+    assert [bool(j["draft"]) for j in jobs] == [False, True, False, True]
+    assert jobs[1]["draft"]["model"] == str(twins[1]) and jobs[1]["folder"] == str(twins[0])
+    assert (found.num_draft_tokens, found.num_accepted_tokens, found.acceptance_rate) == (60, 27, 0.45)
+    assert found.tokens_per_step == 2.35 and found.speedup == pytest.approx(8**0.5)
+    assert found.same_tokens == 0.75  # (2 of 4 + 4 of 4) / 2: what follows a difference is no answer to the same text
+
+
+def test_an_engine_that_can_not_draft_is_quoted(twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, [result(2.0, [[1]]), {"error": "NotImplementedError: no drafts on abacuses"}])
+    report = measure_speculation(*twins, PROMPTS, TARGET, SETTINGS)
+    assert report.unsupported == "NotImplementedError: no drafts on abacuses" and report.batches == ()
+
+
+@pytest.mark.parametrize(
+    ("results", "message"),
+    [
+        ([{"error": "ValueError: out of cache"}], r"(?s)the parent alone failed: ValueError: out of cache.*so much for that"),
+        ([], r"(?s)the parent's engine ended with status 0.*so much for that"),
+        (
+            [result(2.0, [[1]]), result(1.0, [[1]]), result(2.0, [[1]]), {"error": "OSError: gone"}],
+            "served 1 turns, then failed: OSError: gone",
+        ),
+    ],
+)
+def test_any_other_failure_is_an_error(twins: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, results: Any, message: str) -> None:
+    install(monkeypatch, results)
+    with pytest.raises(SpeculationFailedError, match=message):
+        measure_speculation(*twins, PROMPTS, TARGET, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "settings", "message"),
+    [
+        (PROMPTS[:1], {}, "batch_sizes asks for 2 prompts of one length; there are 1"),
+        (PROMPTS, {"output_length": 501}, "output_length is 501; with prompts of 12 tokens that is 513, and the parent takes at most 512"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_runs(
+    twins: tuple[Path, Path], prompts: Any, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SpeculationError, match=message):
+        measure_speculation(*twins, prompts, TARGET, SETTINGS.model_copy(update=settings))
+    with pytest.raises(SpeculationError, match="nowhere is no checkpoint"):
+        measure_speculation(twins[0], Path("nowhere"), PROMPTS, TARGET, SETTINGS)
+
+
+def test_the_worker_writes_an_engines_own_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(job: dict[str, Any]) -> dict[str, Any]:
+        raise NotImplementedError("no drafts on abacuses")
+
+    monkeypatch.setattr(draft_worker, "_measure", refuse)
+    monkeypatch.setattr(draft_worker, "_clean_up", lambda: None)
+    (tmp_path / "jobs.json").write_text(json.dumps([{"result": str(tmp_path / "0.json")}]))
+    draft_worker.main([str(tmp_path / "jobs.json")])
+    assert json.loads((tmp_path / "0.json").read_text()) == {"error": "NotImplementedError: no drafts on abacuses"}
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="must be positive and increasing"):
+        SpeculationSettings(batch_sizes=(8, 1))

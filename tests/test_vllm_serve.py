@@ -1,0 +1,135 @@
+"""`vllm serve CHILD` over real HTTP: an OpenAI client's completions and chat, and vLLM's own benchmark against it.
+
+One server for the whole file: the child of every kind of place, float32, eager, with the engine core in a process of
+its own (the server's default); the weights are random, the model small.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from puzzle_dag.config import Target
+from puzzle_dag.engine.hardware import detect_hardware
+from puzzle_dag.model.checkpoint import save_checkpoint
+from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
+from puzzle_dag.serving.load import LoadPoint, put_under_load
+from puzzle_dag.serving.server import HOST, Server, ServerFailedError, serve, serve_command
+
+pytest.importorskip("vllm")
+openai = pytest.importorskip("openai")
+
+_BLOCKS = ("noop/w64", "kv4/w128", "linear/noop", "kv2/linear")
+_MAX_LENGTH = {"input_length": 40, "output_length": 24}
+_NUM_NEW = 10
+
+
+def make_target(**changes: Any) -> Target:
+    fields = {"version": 1, "name": "http", "hardware": "local-cpu", "dtype": "float32", "batch_sizes": (2,), **_MAX_LENGTH}
+    return Target(**{**fields, **changes})
+
+
+@pytest.fixture(scope="module")
+def child(make_child: Callable[..., PuzzleDagForCausalLM]) -> PuzzleDagForCausalLM:
+    return make_child("qwen3", *_BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def folder(child: PuzzleDagForCausalLM, micro_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served") / "child"
+    save_checkpoint(child, micro_tokenizer, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    if detect_hardware().kind != "cpu":
+        pytest.skip("the target of this test is the local CPU")
+    with serve(folder, "child", make_target(), max_concurrency=2, start_limit_s=1800) as running:
+        yield running
+        group = running.program.process_group
+    with pytest.raises(ProcessLookupError):
+        os.killpg(group, 0)  # nothing that the server started is left
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Any:
+    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600)
+
+
+def greedy(model: PuzzleDagForCausalLM, prompt: list[int], num_new: int) -> list[int]:
+    """Return what our PyTorch model goes on with, an uncached pass a token."""
+    row = list(prompt)
+    for _ in range(num_new):
+        with torch.no_grad():
+            row.append(int(model(torch.tensor([row]), use_cache=False).logits[0, -1].argmax()))
+    return row[len(prompt) :]
+
+
+def test_completions_are_those_of_our_model(server: Server, client: Any, child: PuzzleDagForCausalLM, micro_tokenizer: Any) -> None:
+    assert server.url.startswith(f"http://{HOST}:") and [m.id for m in client.models.list()] == ["child"]
+    for prompt in ("copy: fox dog =", "sum: 3 + 4 = 7; 5 + 1 ="):
+        tokens = micro_tokenizer(prompt)["input_ids"]
+        # The client passes on what is vLLM's own in `extra_body`.
+        answer = client.completions.create(
+            model="child", prompt=prompt, max_tokens=_NUM_NEW, temperature=0, extra_body={"ignore_eos": True, "return_token_ids": True}
+        )
+        expected = greedy(child, tokens, _NUM_NEW)
+        assert answer.usage.prompt_tokens == len(tokens) and answer.usage.completion_tokens == _NUM_NEW
+        assert answer.choices[0].model_dump()["token_ids"] == expected
+        assert answer.choices[0].text == micro_tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_chat_goes_through_the_inherited_template(client: Any, child: PuzzleDagForCausalLM, micro_tokenizer: Any) -> None:
+    messages = [
+        {"role": "user", "content": "sum: 3 + 4 ="},
+        {"role": "assistant", "content": "7"},
+        {"role": "user", "content": "copy: fox dog ="},
+    ]
+    text = f"sum: 3 + 4 = 7{micro_tokenizer.eos_token}copy: fox dog ="
+    tokens = micro_tokenizer(text)["input_ids"]
+    options = {"model": "child", "messages": messages, "max_tokens": _NUM_NEW, "temperature": 0, "extra_body": {"ignore_eos": True}}
+    answer = client.chat.completions.create(**options)
+    expected = micro_tokenizer.decode(greedy(child, tokens, _NUM_NEW), skip_special_tokens=True)
+    assert answer.usage.prompt_tokens == len(tokens) and answer.choices[0].message.content == expected
+    parts = [c.choices[0].delta.content or "" for c in client.chat.completions.create(**options, stream=True) if c.choices]
+    assert "".join(parts) == expected and len(parts) > 2  # it came in pieces
+
+
+def test_vllms_benchmark_measures_the_server(server: Server, folder: Path) -> None:
+    target, points = make_target(input_length=16, output_length=8), []
+    put_under_load(server, folder, target, (1, 2), rounds=3, seed=0, hardware=detect_hardware(), on_point=points.append, point_limit_s=1800)
+    assert [(p.concurrency, p.num_requests) for p in points] == [(1, 3), (2, 6)]
+    for point in points:
+        _check(point, target)
+
+
+def _check(point: LoadPoint, target: Target) -> None:
+    """Hold the benchmark's own numbers against each other."""
+    tokens = point.num_requests * (target.input_length + target.output_length)
+    assert point.throughput_tokens_per_s == pytest.approx(tokens / point.duration_s, rel=0.01)
+    assert point.output_tokens_per_s == pytest.approx(point.num_requests * target.output_length / point.duration_s, rel=0.01)
+    assert 0 < point.ttft_median_s <= point.ttft_p99_s and 0 < point.tpot_median_s <= point.tpot_p99_s
+    assert point.ttft_median_s < point.latency_median_s <= point.latency_p99_s <= point.duration_s
+
+
+def test_a_server_that_can_not_start_says_why(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> list[str]:
+        command = serve_command(*arguments)
+        return [command[0], "-c", "import sys; print('no such attention backend', file=sys.stderr); sys.exit(3)", *command[3:]]
+
+    monkeypatch.setattr("puzzle_dag.serving.server.serve_command", broken)
+    with (
+        pytest.raises(ServerFailedError, match=r"(?s)ended with status 3 .*no such attention backend"),
+        serve(folder, "child", make_target(), max_concurrency=2),
+    ):
+        pass
+    monkeypatch.setattr("puzzle_dag.serving.server.serve_command", lambda *a: [serve_command(*a)[0], "-c", "import time; time.sleep(600)"])
+    with (
+        pytest.raises(ServerFailedError, match="was not healthy after 1 s"),
+        serve(folder, "child", make_target(), max_concurrency=2, start_limit_s=1),
+    ):
+        pass

@@ -20,7 +20,7 @@ from puzzle_dag.serving.speculate import SpeculationError, SpeculationFailedErro
 TARGET = Target(
     version=1, name="draft", hardware="local-cpu", mode="eager", dtype="float32", input_length=16, output_length=4, batch_sizes=(2,)
 )
-SETTINGS = SpeculationSettings(num_draft_tokens=3, batch_sizes=(1, 2), output_length=12, turns=2, repeats=1)
+SETTINGS = SpeculationSettings(num_draft_tokens=3, batch_sizes=(1, 2), output_length=13, turns=2, repeats=1)
 PROMPTS = [list(range(20, 32)), list(range(40, 52))]
 
 

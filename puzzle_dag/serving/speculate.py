@@ -166,6 +166,8 @@ def _summarise(batch: int, alone: Sequence[dict[str, Any]], drafted: Sequence[di
     parent_s, speculative_s = ([statistics.median(t["total_s"]) for t in times] for times in (own, with_draft))
     speedup, low, high = estimate_ratio(parent_s, speculative_s)
     drafts, proposed, accepted = (sum(t[n] for t in with_draft) for n in ("num_drafts", "num_draft_tokens", "num_accepted_tokens"))
+    if not proposed:
+        raise SpeculationFailedError(f"batch {batch}: the engine ran with the draft model, but reports no token that it proposed")
     return Speculation(
         batch=batch,
         num_turns=len(own),
@@ -208,7 +210,7 @@ def measure_speculation(
         SpeculationError: a folder is no checkpoint, or prompts and lengths don't fit.
         VllmMissingError: vLLM is not installed.
         HardwareMismatchError: the target is for other hardware.
-        SpeculationFailedError: the parent's own engine failed, or an engine hung.
+        SpeculationFailedError: the parent's own engine failed, an engine hung, or nothing was drafted.
     """
     _check(parent_folder, child_folder, prompts, settings)
     version, hardware = read_engine_version(), detect_hardware()

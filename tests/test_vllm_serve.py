@@ -33,8 +33,13 @@ def make_target(**changes: Any) -> Target:
 
 
 @pytest.fixture(scope="module")
-def child(make_child: Callable[..., PuzzleDagForCausalLM]) -> PuzzleDagForCausalLM:
-    return make_child("qwen3", *_BLOCKS)
+def child(make_child: Callable[..., PuzzleDagForCausalLM], micro_tokenizer: Any) -> PuzzleDagForCausalLM:
+    """A child that writes whole characters: a server holds back bytes that are none yet, so that texts could not be compared."""
+    model = make_child("llama", *_BLOCKS)
+    pieces = [micro_tokenizer.decode([token]) for token in range(len(micro_tokenizer))]
+    with torch.no_grad():
+        model.lm_head.weight[[not p.isascii() or p == micro_tokenizer.eos_token for p in pieces]] = 0
+    return model
 
 
 @pytest.fixture(scope="module")

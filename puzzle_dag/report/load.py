@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from puzzle_dag.report.canvas import LINES, new_figure, set_labels, to_png
 
@@ -45,7 +46,7 @@ def load_curves(curves: Mapping[str, Sequence[LoadMark]], *, title: str = "") ->
             if m.predicted_latency_s is not None and m.predicted_throughput_tokens_per_s is not None
         ]
         if foreseen:
-            line = {"linestyle": "--", "linewidth": 1, "marker": "o", "markerfacecolor": "white", "markersize": 5}
+            line: dict[str, Any] = {"linestyle": "--", "linewidth": 1, "marker": "o", "markerfacecolor": "white", "markersize": 5}
             ax.plot(*zip(*foreseen, strict=True), color=colour, label=f"{name} (predicted)", **line)
     ax.margins(0.1)
     ax.legend(fontsize=7, frameon=False)

@@ -23,7 +23,7 @@ def conf_sensor(plan: Plan, refresh_job: dg.JobDefinition) -> dg.SensorDefinitio
     name = plan.profile.name
 
     @dg.sensor(
-        name=refresh_job.name.replace("refresh_", "conf_").replace("_job", "_sensor"),
+        name="conf_" + refresh_job.name.removeprefix("refresh_").removesuffix("_job") + "_sensor",
         job=refresh_job,
         minimum_interval_seconds=15,
         description="When a file in conf/ changes: takes new scenarios in and deleted ones out, then refreshes.",

@@ -43,7 +43,7 @@ def _field(field: FieldInfo, choices: Collection[str] | None) -> dg.Field:
 def _enum(names: Collection[str]) -> dg.Enum:
     # Dagster tells enums apart by name, so the name says what is in it.
     shown = re.sub(r"\W", "_", "_or_".join(names))[:60]
-    return dg.Enum(f"{shown}_{fingerprint(sorted(names))[:6]}", [dg.EnumValue(n) for n in names])
+    return dg.Enum(f"one_of_{shown}_{fingerprint(sorted(names))[:6]}", [dg.EnumValue(n) for n in names])
 
 
 def _kind(annotation: Any) -> Any:

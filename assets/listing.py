@@ -41,10 +41,12 @@ def remove_name(text: str, field: str, name: str, *, where: str) -> str:
         edited = f"{text[: key.end_mark.index]}: []{text[end:]}"
     elif not node.flow_style:
         edited = text[: text.rfind("\n", 0, start) + 1] + text[_end_of_line(text, end) + 1 :]
+    elif len(items) == 1:
+        edited = f"{text[: node.start_mark.index]}[]{text[node.end_mark.index :]}"
     elif index + 1 < len(items):
         edited = text[:start] + text[items[index + 1].start_mark.index :]
     else:
-        edited = text[: items[index - 1].end_mark.index if index else start] + text[end:]
+        edited = text[: items[index - 1].end_mark.index] + text[end:]
     return _checked(text, edited, field, [n for n in names if n != name], where)
 
 

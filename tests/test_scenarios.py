@@ -1,5 +1,6 @@
 """Scenarios come and go: by file, by folder, by the Launchpad's form and by sweep; the files stay what a person wrote."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,7 @@ LISTS = [
 def test_a_name_comes_and_goes_and_all_the_rest_stays(text: str) -> None:
     longer = add_name(text, "scenarios", "c", where="f")
     assert yaml.safe_load(longer) == {**yaml.safe_load(text), "scenarios": ["a", "b", "c"]}
-    assert [line for line in text.splitlines() if "#" in line and "a, b" not in line] == [
-        line for line in longer.splitlines() if "#" in line and "a, b" not in line
-    ]
+    assert re.findall("#.*", longer) == re.findall("#.*", text)
     assert add_name(longer, "scenarios", "c", where="f") == longer
     assert yaml.safe_load(remove_name(longer, "scenarios", "c", where="f")) == yaml.safe_load(text)
     empty = text
@@ -94,7 +93,7 @@ def test_a_name_that_leaves_the_folder_is_refused(project: Project, name: str) -
 def test_a_mistake_in_a_file_is_told_of_that_file(project: Project, tmp_path: Path) -> None:
     file = tmp_path / "wrong.yaml"
     file.write_text(text_of(project).replace("at_most", "at_mots"))
-    with pytest.raises(ConfigError, match=rf"{file}, line 5: field `constraints.memory_bytes.at_mots` is unknown; did you mean `at_most`"):
+    with pytest.raises(ConfigError, match=rf"{file}, line 5: field `constraints.parameters.at_mots` is unknown; did you mean `at_most`"):
         add_scenario(project.root, "micro", file)
     file.write_text(text_of(project) + "batch_sizes: [3]\n")
     with pytest.raises(ConfigError, match=r"batch_sizes is \[3\]; target micro-eager measures \[2\]"):
@@ -128,8 +127,7 @@ def test_the_folder_is_followed(project: Project) -> None:
     (folder / "micro-light.yaml").unlink()
     adoption = adopt_scenarios(project.root, "micro")
     assert (adoption.added, adoption.retired) == (("dropped",), ("micro-light",))
-    assert len(adoption.problems) == 4 - 1 or all("broken.yaml" in p for p in adoption.problems)
-    assert adoption.problems and "broken.yaml" in adoption.problems[0]
+    assert len(adoption.problems) == 1 and "broken.yaml" in adoption.problems[0]
     assert named(project) == ("micro-small", "dropped")
     assert adopt_scenarios(project.root, "micro").added == ()
 
@@ -243,7 +241,10 @@ def test_a_sweep_of_another_range_retires_what_fell_out(project: Project) -> Non
     [
         ({"values": {"first": 0.9, "last": 0.5, "step": 0.1}}, "first 0.9 is above last 0.5"),
         ({"values": {"first": 0.1, "last": 1, "step": 0.0001}}, "9001 values; give a larger step"),
-        ({"sets": "constraints.memory.at_most"}, "sweep memory, scenario memory-0.50.*`constraints.memory` is unknown|.*did you mean"),
+        (
+            {"sets": "constraints.memory.at_most"},
+            "sweep memory, scenario memory-0.50, line .*`constraints.memory`.*did you mean `memory_bytes`",
+        ),
         ({"sets": "target.x"}, "'target' is no mapping"),
         ({"scenario": {"name": "x"}}, "leave it out"),
         ({"sweeps": 1}, "`sweeps` is unknown"),

@@ -71,7 +71,7 @@ def test_another_setting_is_told_from_another_code(project: Project) -> None:
     project.edit(project.profile_file, library__learning_rate=0.002)
     assert any("block_library[L00]" in line and "settings" in line for line in status(project))
     project.profile_file.write_text(before)
-    assert status(project) == [f"0 of {len(project.refresh().outcomes)} to bring up to date"]
+    assert status(project)[-1].startswith("0 of ") and project.refresh().ran == []
 
 
 def test_a_new_engine_measures_again(project: Project, engine: TickingEngine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import dagster as dg
 from dagster._core.errors import DagsterAssetCheckFailedError
+from dagster._core.storage.tags import PARTITION_NAME_TAG
 
 from assets.plan import Plan
 from assets.staleness import Item, Staleness
@@ -220,16 +221,20 @@ class Refresh:
     ) -> Outcome:
         start_s = time.perf_counter()
         anew = {"workspace": self._workspace.model_copy(update={"anew": True})} if self._among(item, self._anew) else None
+        tags = {"puzzle_dag/refresh": self._plan.profile.name}
+        if assets is None and item.partition is not None:
+            # A run of checks alone has no assets by which Dagster could look the partition up; the tag is all that it needs.
+            tags[PARTITION_NAME_TAG] = item.partition
         for attempt in range(1, self._max_attempts + 1):
             try:
                 job.execute_in_process(
                     instance=self._instance,
                     asset_selection=assets,
-                    partition_key=item.partition,
+                    partition_key=item.partition if assets else None,
                     run_config=_QUIET,
                     resources=anew,
                     raise_on_error=True,
-                    tags={"puzzle_dag/refresh": self._plan.profile.name},
+                    tags=tags,
                 )
                 return Outcome(item, done, tuple(reasons), time.perf_counter() - start_s)
             except DagsterAssetCheckFailedError:

@@ -1,4 +1,4 @@
-"""Commands of the checkout: `python -m assets refresh | status | scenario add FILE | demo | ui`."""
+"""Commands of the checkout: `python -m assets refresh | status | scenario add FILE | scenario remove NAME | sweep | demo | ui`."""
 
 import argparse
 import logging
@@ -39,34 +39,55 @@ def _quiet() -> None:
 
 
 def _refresh(args: argparse.Namespace) -> int:
-    from assets.refresh import Outcome, refresh
+    from assets.refresh import ANEW, Outcome, refresh
     from resources.instance import open_instance
 
     def tell(outcome: Outcome) -> None:
-        _say(f"{outcome.state:>6}  {outcome.item}  {outcome.seconds:.1f} s  ({'; '.join(outcome.reasons)})")
+        _say(f"{outcome.state:>9}  {outcome.item}  {outcome.seconds:.1f} s  ({'; '.join(outcome.reasons)})")
 
+    anew = [item for option, assets in ANEW.items() for item in _anew(option, assets, getattr(args, option, None))]
     with open_instance(args.root) as instance:
-        record = refresh(args.root, args.profile, instance, select=args.select, remake=args.remake, on_outcome=tell)
+        record = refresh(args.root, args.profile, instance, select=args.select, remake=args.remake, anew=anew, on_outcome=tell)
     for check in record.failed_checks:
-        _say(f" check  {check} did not pass")
+        _say(f"    check  {check} did not pass")
     failed, waits = record.of("failed"), record.of("waits")
     counts = f"{len(record.ran)} materialized, {len(record.of('fresh'))} fresh, {len(failed)} failed, {len(waits)} waiting"
     _say(f"{counts}; {record.seconds:.1f} s")
     return 0 if record.ok else 1
 
 
+def _anew(option: str, assets: tuple[str, ...], asked: list[str] | None) -> list[str]:
+    """Return the items of `--retrain [ITEM ...]` and the like: all of the option's assets where none is named."""
+    for item in asked or ():
+        if item.partition("[")[0] not in assets:
+            raise ValueError(f"--{option} {item}: takes {', '.join(assets)}, or a partition of one")
+    return [] if asked is None else asked or list(assets)
+
+
 def _status(args: argparse.Namespace) -> int:
-    from assets.refresh import refresh
+    from assets.status import describe_status
     from resources.instance import open_instance
 
     with open_instance(args.root) as instance:
-        record = refresh(args.root, args.profile, instance, dry=True)
-    stale = [o for o in record.outcomes if o.state != "fresh"]
-    width = max([len(str(o.item)) for o in stale], default=0)
-    for outcome in stale:
-        _say(f"{outcome.state:>6}  {outcome.item!s:<{width}}  {'; '.join(outcome.reasons)}")
-    _say(f"{len(stale)} of {len(record.outcomes)} to bring up to date")
+        _say("\n".join(describe_status(args.root, args.profile, instance)))
     return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from assets.sweeps import write_sweep
+    from puzzle_dag.config.sweep import read_sweep, read_sweeps
+
+    conf = args.root / "conf"
+    sweeps = [read_sweep(conf, name) for name in args.names] or read_sweeps(conf, args.profile)
+    if not sweeps:
+        raise ValueError(f"conf/sweeps has no sweep of profile {args.profile}; docs/scenario.md says how to write one")
+    code = 0
+    for sweep in sweeps:
+        swept = write_sweep(args.root, sweep)
+        _say(f"sweep {sweep.name}: {len(swept.written)} scenarios written, {len(swept.unchanged)} as before, {len(swept.retired)} retired")
+    for profile in dict.fromkeys(sweep.profile for sweep in sweeps):
+        code = max(code, _refresh(argparse.Namespace(root=args.root, profile=profile, select=[], remake=[])))
+    return code
 
 
 def _add_scenario(args: argparse.Namespace) -> int:
@@ -75,6 +96,15 @@ def _add_scenario(args: argparse.Namespace) -> int:
     scenario = add_scenario(args.root, args.profile, args.file)
     command = f"python -m assets refresh --profile {args.profile}"
     _say(f"scenario {scenario.name} is in conf/scenarios and in profile {args.profile}; run `{command}`")
+    return 0
+
+
+def _remove_scenario(args: argparse.Namespace) -> int:
+    from assets.scenarios import remove_scenario
+
+    moved = remove_scenario(args.root, args.profile, args.name)
+    where = "; its file stays" if moved is None else f"; its file is now {moved.relative_to(args.root)}"
+    _say(f"scenario {args.name} is no more solved by profile {args.profile}{where}, and its results are kept")
     return 0
 
 
@@ -102,6 +132,13 @@ def _parser() -> argparse.ArgumentParser:
     refresh = commands.add_parser("refresh", parents=[profile], help="bring everything that is stale up to date")
     refresh.add_argument("--select", nargs="*", default=[], metavar="ASSET", help='only these: "asset" or "asset[partition]"')
     refresh.add_argument("--remake", nargs="*", default=[], metavar="ASSET", help="run these even where they are fresh")
+    for option, what in (
+        ("retrain", "train anew what the store has"),
+        ("rescore", "score anew"),
+        ("remeasure", "measure anew"),
+        ("regrade", "grade anew"),
+    ):
+        refresh.add_argument(f"--{option}", nargs="*", default=None, metavar="ITEM", help=f"{what}, and replace it; all, or only these")
     refresh.set_defaults(run=_refresh)
     status = commands.add_parser("status", parents=[profile], help="say what is stale and why")
     status.set_defaults(run=_status)
@@ -109,6 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     add = scenario.add_parser("add", parents=[profile], help="add a scenario, or replace one")
     add.add_argument("file", type=Path)
     add.set_defaults(run=_add_scenario)
+    remove = scenario.add_parser("remove", parents=[profile], help="solve a scenario no more; its results stay")
+    remove.add_argument("name")
+    remove.set_defaults(run=_remove_scenario)
+    sweep = commands.add_parser("sweep", parents=[profile], help="write the scenarios of the profile's sweeps, then refresh")
+    sweep.add_argument("names", nargs="*", metavar="NAME", help="files in conf/sweeps; all of the profile by default")
+    sweep.set_defaults(run=_sweep)
     demo = commands.add_parser("demo", parents=[profile], help="refresh, then print the results, the times and the path of the report")
     demo.set_defaults(run=_demo)
     ui = commands.add_parser("ui", help="Dagster's webserver and daemon over var/dagster")

@@ -93,6 +93,7 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
                 [FFN.parse(f) for f in variants["ffn"]],
                 workspace.store,
                 analytic=watch_block_costs(plan, workspace, context.partition_key)["analytic"],
+                remeasure=workspace.anew,
                 progress=progress,
             )
         path = workspace.tables / "costs" / f"{context.partition_key}.parquet"

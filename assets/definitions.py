@@ -8,12 +8,14 @@ import os
 
 import dagster as dg
 
-from assets.automation import automation
+from assets.auto import auto_sensor, automation_condition
+from assets.automation import conf_sensor
 from assets.checks import asset_checks
 from assets.children import child_assets
 from assets.configuration import configuration_assets
 from assets.costs import cost_assets
 from assets.grading import grading_assets
+from assets.launching import add_scenario_job, refresh_job
 from assets.library import library_assets
 from assets.online import online_assets
 from assets.parent import parent_assets
@@ -21,6 +23,7 @@ from assets.plan import Plan, make_plan
 from assets.results import result_assets
 from assets.scores import score_assets
 from assets.search import search_assets
+from assets.sweeps import sweep_schedules
 from resources.workspace import Workspace, project_root
 
 PROFILE_VARIABLE = "PUZZLE_DAG_PROFILE"
@@ -29,7 +32,7 @@ DEFAULT_PROFILE = "tiny"
 
 def build_definitions(plan: Plan) -> dg.Definitions:
     """Return the definitions of one profile."""
-    refresh_job, conf_sensor = automation(plan)
+    refresh = refresh_job(plan)
     factories = (
         configuration_assets,
         parent_assets,
@@ -43,13 +46,19 @@ def build_definitions(plan: Plan) -> dg.Definitions:
         result_assets,
     )
     return dg.Definitions(
-        assets=[asset for factory in factories for asset in factory(plan)],
+        assets=[_with_auto_mode(plan, asset) for factory in factories for asset in factory(plan)],
         asset_checks=asset_checks(plan),
-        jobs=[refresh_job],
-        sensors=[conf_sensor],
+        jobs=[refresh, add_scenario_job(plan)],
+        sensors=[conf_sensor(plan, refresh), auto_sensor(plan)],
+        schedules=sweep_schedules(plan),
         resources={"workspace": Workspace(root=str(plan.root), profile=plan.profile.name)},
         executor=dg.in_process_executor,
     )
+
+
+def _with_auto_mode(plan: Plan, asset: dg.AssetsDefinition) -> dg.AssetsDefinition:
+    condition = automation_condition(plan.root, plan.profile.name)
+    return asset.map_asset_specs(lambda spec: spec.replace_attributes(automation_condition=condition))
 
 
 def __getattr__(name: str) -> dg.Definitions:

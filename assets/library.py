@@ -66,6 +66,7 @@ def library_assets(plan: Plan) -> list[dg.AssetsDefinition]:
                 workspace.store,
                 activations_digest=cache.digest,
                 compute_dtype=profile.dtype,
+                retrain=workspace.anew,
                 progress=ProgressLog(f"library {context.partition_key}"),
             )
         rows = report_rows(layer, reports)

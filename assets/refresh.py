@@ -14,6 +14,7 @@ from typing import Literal
 
 import dagster as dg
 from dagster._core.errors import DagsterAssetCheckFailedError
+from dagster._core.storage.tags import PARTITION_NAME_TAG
 
 from assets.plan import Plan
 from assets.staleness import Item, Staleness
@@ -24,7 +25,15 @@ from resources.workspace import Workspace
 _LOG = logging.getLogger(__name__)
 _QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
-State = Literal["fresh", "ran", "stale", "failed", "waits"]
+State = Literal["fresh", "ran", "checked", "stale", "unchecked", "failed", "waits"]
+
+ANEW = {
+    "retrain": ("block_library", "uptrained_child"),
+    "rescore": ("block_scores",),
+    "remeasure": ("block_costs", "parent_serving", "serving"),
+    "regrade": ("parent_accuracy", "accuracy"),
+}
+"""What a person may ask to be made anew though the store has it: option -> assets. A re-run alone takes what is stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +43,13 @@ class Outcome:
     item: Item
     """The asset or partition."""
     state: State
-    """`stale` is only seen in a dry run or outside the selection."""
+    """`checked`: up to date, only its checks ran. `stale` and `unchecked` are only seen in a dry run or outside the selection."""
     reasons: tuple[str, ...] = ()
     """Why it ran, failed or waits."""
     seconds: float = 0.0
     """Time it took."""
+    waits_for: tuple[Item, ...] = ()
+    """What it is made from and is not up to date."""
 
 
 @dataclass(slots=True)
@@ -88,6 +99,7 @@ class Refresh:
         *,
         select: Collection[str] = (),
         remake: Collection[str] = (),
+        anew: Collection[str] = (),
         max_attempts: int = 2,
         on_outcome: Callable[[Outcome], None] = lambda _: None,
     ) -> None:
@@ -97,22 +109,24 @@ class Refresh:
             plan: the profile's plan, from which `definitions` were made.
             definitions: the profile's assets.
             instance: the Dagster instance that knows what was materialised.
-            select: names of assets that may run, or "asset[partition]"; all if empty.
-            remake: items that run even where they are fresh.
+            select: names of assets that may run, "asset[partition]", or "*[partition]"; all if empty.
+            remake: items that run even where they are fresh; what the store has, they take from there.
+            anew: items that run, and replace what the store has of them; see `ANEW` for those that have something there.
             max_attempts: runs of an item before it counts as failed; a ValueError (bad input, no solution) is not retried.
             on_outcome: called with each item that ran, failed or waits, as it happens.
 
         Raises:
-            ValueError: `select` or `remake` names no asset.
+            ValueError: `select`, `remake` or `anew` names no asset.
         """
         self._plan, self._instance = plan, instance
         self._workspace = Workspace(root=str(plan.root), profile=plan.profile.name)
         self._job = definitions.resolve_implicit_global_asset_job_def()
         self._staleness = Staleness(plan, self._job, instance, self._workspace)
-        self._select, self._remake, self._max_attempts, self._on_outcome = set(select), set(remake), max_attempts, on_outcome
+        self._select, self._anew, self._max_attempts, self._on_outcome = set(select), set(anew), max_attempts, on_outcome
+        self._remake = {*remake, *anew}
         assets = self._staleness.assets()
         for name in (*self._select, *self._remake):
-            if name.partition("[")[0] not in assets:
+            if name.partition("[")[0] not in (*assets, "*"):
                 raise ValueError(f"there is no asset {name!r}; there are: {', '.join(assets)}")
         self._record = RefreshRecord()
         self._unsettled: dict[Item, str] = {}
@@ -150,18 +164,31 @@ class Refresh:
         waits_for = [p for p in self._staleness.parents(item) if p in self._unsettled]
         if waits_for and not self._may_gather(item, waits_for):
             because = tuple(f"waits for {p} ({self._unsettled[p]})" for p in waits_for[:3])
-            self._note(Outcome(item, "stale" if dry and all(self._unsettled[p] == "stale" for p in waits_for) else "waits", because))
+            all_stale = dry and all(self._unsettled[p] == "stale" for p in waits_for)
+            self._note(Outcome(item, "stale" if all_stale else "waits", because, waits_for=tuple(waits_for)))
             return
         if self._among(item, self._remake):
             reasons = [*reasons, "asked for"]
+        may_run = not dry and (not self._select or self._among(item, self._select))
         if not reasons:
-            self._note(Outcome(item, "fresh"))
-        elif dry or (self._select and not self._among(item, self._select)):
+            self._note(self._look_again(item, may_run))
+        elif not may_run:
             self._note(Outcome(item, "stale", tuple(reasons)))
         else:
-            self._note(self._execute(item, reasons))
+            self._note(self._make(item, reasons))
         if item not in self._unsettled:
             self._heed_checks(item)
+
+    def _look_again(self, item: Item, may_run: bool) -> Outcome:
+        """Evaluate the checks of an item that is up to date where what they go by is newer than their verdict."""
+        outdated = self._staleness.outdated_checks(item)
+        reasons = tuple(f"check {key.name}: {reason}" for key, reason in outdated.items())
+        if not outdated:
+            return Outcome(item, "fresh")
+        if not may_run:
+            return Outcome(item, "unchecked", reasons)
+        checks = self._job.get_subset(asset_selection=set(), asset_check_selection=set(outdated))
+        return self._execute(item, list(reasons), "checked", checks)
 
     def _heed_checks(self, item: Item) -> None:
         failed = self._staleness.failed_checks(item)
@@ -174,7 +201,7 @@ class Refresh:
         return item.asset in GATHERERS and all(self._unsettled[p] != "stale" for p in waits_for)
 
     def _among(self, item: Item, names: set[str]) -> bool:
-        return item.asset in names or str(item) in names
+        return bool({item.asset, str(item), f"*[{item.partition}]"} & names)
 
     def _note(self, outcome: Outcome) -> None:
         self._record.outcomes.append(outcome)
@@ -183,25 +210,36 @@ class Refresh:
         if outcome.state != "fresh":
             self._on_outcome(outcome)
 
-    def _execute(self, item: Item, reasons: list[str]) -> Outcome:
-        start_s = time.perf_counter()
+    def _make(self, item: Item, reasons: list[str]) -> Outcome:
         record = self._workspace.shelf.find(item.asset, item.partition)
         if record is not None:
             self._workspace.discard_damaged(record)
+        return self._execute(item, reasons, "ran", self._job, [self._plan.key(item.asset)])
+
+    def _execute(
+        self, item: Item, reasons: list[str], done: State, job: dg.JobDefinition, assets: list[dg.AssetKey] | None = None
+    ) -> Outcome:
+        start_s = time.perf_counter()
+        anew = {"workspace": self._workspace.model_copy(update={"anew": True})} if self._among(item, self._anew) else None
+        tags = {"puzzle_dag/refresh": self._plan.profile.name}
+        if assets is None and item.partition is not None:
+            # A run of checks alone has no assets by which Dagster could look the partition up; the tag is all that it needs.
+            tags[PARTITION_NAME_TAG] = item.partition
         for attempt in range(1, self._max_attempts + 1):
             try:
-                self._job.execute_in_process(
+                job.execute_in_process(
                     instance=self._instance,
-                    asset_selection=[self._plan.key(item.asset)],
-                    partition_key=item.partition,
+                    asset_selection=assets,
+                    partition_key=item.partition if assets else None,
                     run_config=_QUIET,
+                    resources=anew,
                     raise_on_error=True,
-                    tags={"puzzle_dag/refresh": self._plan.profile.name},
+                    tags=tags,
                 )
-                return Outcome(item, "ran", tuple(reasons), time.perf_counter() - start_s)
+                return Outcome(item, done, tuple(reasons), time.perf_counter() - start_s)
             except DagsterAssetCheckFailedError:
                 # It was materialized; what the check that did not pass keeps from running, `_heed_checks` sees to.
-                return Outcome(item, "ran", tuple(reasons), time.perf_counter() - start_s)
+                return Outcome(item, done, tuple(reasons), time.perf_counter() - start_s)
             except Exception as error:
                 _LOG.warning("%s failed (attempt %d of %d)", item, attempt, self._max_attempts, exc_info=not isinstance(error, ValueError))
                 problem = f"{type(error).__name__}: {error}"
@@ -217,6 +255,7 @@ def refresh(
     *,
     select: Collection[str] = (),
     remake: Collection[str] = (),
+    anew: Collection[str] = (),
     dry: bool = False,
     on_outcome: Callable[[Outcome], None] = lambda _: None,
 ) -> RefreshRecord:
@@ -229,4 +268,4 @@ def refresh(
     from assets.plan import make_plan
 
     plan = make_plan(root, profile)
-    return Refresh(plan, build_definitions(plan), instance, select=select, remake=remake, on_outcome=on_outcome).run(dry=dry)
+    return Refresh(plan, build_definitions(plan), instance, select=select, remake=remake, anew=anew, on_outcome=on_outcome).run(dry=dry)

@@ -1,45 +1,164 @@
-"""Adding a scenario: its file goes to conf/scenarios/, its name into the profile, validated before either is touched."""
+"""Scenarios come and go: their files lie in conf/scenarios/, and the profile's list says which it solves.
 
-import re
-import shutil
+Everything is validated before a file is touched, and each file is replaced as a whole. What was solved for a scenario
+that goes stays: its file moves to conf/scenarios/retired/, its results lie under var/ and hold again when it comes back.
+"""
+
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from puzzle_dag.config import ConfigError, Scenario, read_profile, read_scenario
-from puzzle_dag.store import write_atomically
+import yaml
 
-_FLOW_LIST = re.compile(r"^(scenarios:[ \t]*\[)([^\]\n]*)(\].*)$", re.MULTILINE)
+from assets.listing import add_name, remove_name
+from puzzle_dag.config import ConfigError, Scenario, check_name, read_profile, read_scenario, read_target
+from puzzle_dag.preflight import check_scenario
+from puzzle_dag.store import write_atomically
+from resources.device import lease
+
+RETIRED = "retired"
+"""Folder below conf/scenarios/ of the scenarios that no profile solves any more."""
+
+
+def validate_scenario(root: Path, profile_name: str, name: str, text: str, *, where: str | None = None) -> Scenario:
+    """Return the scenario that a file of this name and content would be to the profile.
+
+    Args:
+        root: the project's root.
+        profile_name: the profile that is to solve it.
+        name: the file's stem.
+        text: the file's content.
+        where: what messages call it; by default its place in conf/.
+
+    Raises:
+        ConfigError: it is no valid scenario, or its target or a batch size isn't one that the profile measures.
+    """
+    conf, profile = root / "conf", read_profile(root / "conf", profile_name)
+    check_name(name)
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder) / "scenarios" / f"{name}.yaml"
+        write_atomically(trial, text)
+        try:
+            scenario = read_scenario(Path(folder), name)
+        except ConfigError as error:
+            shown = where or str(conf / "scenarios" / trial.name)
+            raise ConfigError(str(error).replace(str(trial), shown)) from None
+    check_scenario(scenario, {target: read_target(conf, target) for target in profile.targets})
+    return scenario
+
+
+def write_scenario(
+    root: Path, profile_name: str, name: str, text: str, *, overwrite: bool = False, where: str | None = None
+) -> tuple[Scenario, bool]:
+    """Write a scenario's file and name it in the profile; say whether anything changed.
+
+    Raises:
+        ConfigError: as `validate_scenario`; or another file of that name is there and `overwrite` is off.
+    """
+    scenario = validate_scenario(root, profile_name, name, text, where=where)
+    path = root / "conf" / "scenarios" / f"{name}.yaml"
+    with _editing(root):
+        is_new = not path.exists() or path.read_text() != text
+        if is_new and path.exists() and not overwrite:
+            raise ConfigError(f"{path} is there already, with other content; give another name, or say that it may be overwritten")
+        if is_new:
+            write_atomically(path, text)
+        is_listed = _edit_listing(root, profile_name, name, add=True)
+    return scenario, is_new or is_listed
 
 
 def add_scenario(root: Path, profile_name: str, file: Path) -> Scenario:
     """Copy a scenario's file into conf/ and name it in the profile; a file of the same name is replaced.
 
     Raises:
-        ConfigError: the file is no valid scenario, its target isn't one of the profile's, or the profile's list
-            of scenarios is not written as `scenarios: [a, b]`.
+        ConfigError: the file is no valid scenario, its target isn't one of the profile's, or its name isn't one.
+    """
+    if not file.is_file():
+        raise ConfigError(f"{file} does not exist; give the path of a scenario's YAML file")
+    return write_scenario(root, profile_name, file.stem, file.read_text(), overwrite=True, where=str(file))[0]
+
+
+def remove_scenario(root: Path, profile_name: str, name: str) -> Path | None:
+    """Take a scenario out of the profile; its results stay. Return where its file moved, None where another profile solves it, too.
+
+    Raises:
+        ConfigError: the profile doesn't name it.
+    """
+    profile = read_profile(root / "conf", profile_name)
+    if check_name(name) not in profile.scenarios:
+        raise ConfigError(f"profile {profile_name} has no scenario {name!r}; it has: {', '.join(profile.scenarios) or 'none'}")
+    path = root / "conf" / "scenarios" / f"{name}.yaml"
+    with _editing(root):
+        _edit_listing(root, profile_name, name, add=False)
+        if not path.exists() or name in _named(root):
+            return None
+        (path.parent / RETIRED).mkdir(exist_ok=True)
+        return path.rename(path.parent / RETIRED / path.name)
+
+
+@dataclass(frozen=True, slots=True)
+class Adoption:
+    """What `adopt_scenarios` did."""
+
+    added: tuple[str, ...] = ()
+    """Scenarios whose file was found, and which the profile solves from now on."""
+    retired: tuple[str, ...] = ()
+    """Scenarios whose file is gone, and which the profile solves no more."""
+    problems: tuple[str, ...] = ()
+    """Files that could not be taken, and why."""
+
+
+def adopt_scenarios(root: Path, profile_name: str) -> Adoption:
+    """Make the profile's list follow the folder: what was dropped into conf/scenarios/ comes in, what was deleted goes.
+
+    A file comes in if no profile names it yet and its target is one that this profile measures. A file that isn't
+    valid stays where it is, and is told of.
+
+    Raises:
+        ConfigError: a profile can't be read.
     """
     conf = root / "conf"
-    profile = read_profile(conf, profile_name)
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder) / "scenarios" / f"{file.stem}.yaml"
-        trial.parent.mkdir()
-        if not file.is_file():
-            raise ConfigError(f"{file} does not exist; give the path of a scenario's YAML file")
-        shutil.copyfile(file, trial)
-        scenario = read_scenario(Path(folder), file.stem)
-    if scenario.target not in profile.targets:
-        raise ConfigError(f"{file}: target {scenario.target!r} is not one of profile {profile_name}: {', '.join(profile.targets)}")
-    listing = conf / "profiles" / f"{profile_name}.yaml"
-    if scenario.name not in profile.scenarios:
-        text = listing.read_text()
-        match = _FLOW_LIST.search(text)
-        if match is None:
-            raise ConfigError(f"{listing}: write the scenarios as `scenarios: [a, b]`, or add {scenario.name!r} by hand")
-        names = ", ".join([n for n in (match[2].strip(),) if n] + [scenario.name])
-        text = text[: match.start()] + match[1] + names + match[3] + text[match.end() :]
-    else:
-        text = ""
-    write_atomically(conf / "scenarios" / f"{scenario.name}.yaml", file.read_text())
-    if text:
-        write_atomically(listing, text)
-    return scenario
+    profile, named = read_profile(conf, profile_name), _named(root)
+    added, problems = [], []
+    for path in sorted((conf / "scenarios").glob("*.yaml")):
+        if path.stem in named:
+            continue
+        try:
+            if read_scenario(conf, path.stem).target in profile.targets:
+                write_scenario(root, profile_name, path.stem, path.read_text())
+                added.append(path.stem)
+        except ConfigError as error:
+            problems.append(str(error))
+    gone = [name for name in profile.scenarios if not (conf / "scenarios" / f"{name}.yaml").exists()]
+    for name in gone:
+        remove_scenario(root, profile_name, name)
+    return Adoption(tuple(added), tuple(gone), tuple(problems))
+
+
+@contextmanager
+def _editing(root: Path) -> Iterator[None]:
+    # Two who add at the same time read the same list, and one name would be lost.
+    with lease(root / "var" / "conf.lock"):
+        yield
+
+
+def _named(root: Path) -> set[str]:
+    """Return the scenarios that any profile names."""
+    names: set[str] = set()
+    for path in (root / "conf" / "profiles").glob("*.yaml"):
+        try:
+            names |= set((yaml.safe_load(path.read_text()) or {}).get("scenarios") or ())
+        except (yaml.YAMLError, AttributeError, TypeError) as error:
+            raise ConfigError(f"{path}: can't tell which scenarios it names: {error}") from error
+    return names
+
+
+def _edit_listing(root: Path, profile_name: str, name: str, *, add: bool) -> bool:
+    path = root / "conf" / "profiles" / f"{profile_name}.yaml"
+    text = path.read_text()
+    edited = (add_name if add else remove_name)(text, "scenarios", name, where=str(path))
+    if edited != text:
+        write_atomically(path, edited)
+    return edited != text

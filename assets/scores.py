@@ -50,6 +50,7 @@ def _block_scores_asset(plan: Plan) -> dg.AssetsDefinition:
                 workspace.store,
                 activations_digest=cache.digest,
                 compute_dtype=dtype,
+                rescore=workspace.anew,
                 progress=ProgressLog(f"scores {context.partition_key}"),
             )
         rows = [asdict(s) for s in scores]

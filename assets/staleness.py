@@ -9,16 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import dagster as dg
-from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleCause, StaleStatus
+from dagster._core.definitions.data_version import (
+    CODE_VERSION_TAG,
+    CachingStaleStatusResolver,
+    StaleCause,
+    StaleCauseCategory,
+    StaleStatus,
+)
 from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.event_api import PartitionKeyFilter
 from dagster._core.loader import LoadingContext
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionRecord, AssetCheckExecutionRecordStatus
 
 from assets.plan import Plan
-from assets.watches import WATCHES, watch
+from assets.watches import CHECKS_READ, watch, watched_words
 from puzzle_dag.store import fingerprint
 from resources.workspace import Workspace
+
+_ENDED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +95,9 @@ class Staleness:
         key = self._plan.key(item.asset)
         status = resolver.get_status(key, item.partition)
         if status == StaleStatus.MISSING:
-            return ["was never materialized"]
-        reasons = [_words(cause) for cause in resolver.get_stale_causes(key, item.partition)] if status == StaleStatus.STALE else []
+            return ["never run"]
+        causes = resolver.get_stale_causes(key, item.partition) if status == StaleStatus.STALE else []
+        reasons = list(dict.fromkeys(self._words(item, cause) for cause in causes))
         record = self._workspace.shelf.find(item.asset, item.partition)
         if record is None:
             return [*reasons, "its record is gone"]
@@ -97,9 +106,53 @@ class Staleness:
         gone = self._workspace.shelf.gone(record)
         if gone is not None:
             reasons.append(f"{gone} is gone or was changed")
-        if item.asset in WATCHES and fingerprint(watch(self._plan, self._workspace, item.asset, item.partition)) != record.watched:
-            reasons.append("what it reads has changed")
+        watched = watch(self._plan, self._workspace, item.asset, item.partition)
+        if watched is not None and fingerprint(watched) != record.watched:
+            reasons.append(watched_words(self._plan, item.asset, item.partition))
         return reasons
+
+    def _words(self, item: Item, cause: StaleCause) -> str:
+        if cause.category == StaleCauseCategory.CODE:
+            return self._code_words(item)
+        if cause.dependency is None:
+            return cause.reason
+        source = Item(cause.dependency.asset_key.path[-1], cause.dependency.partition_key)
+        if cause.category == StaleCauseCategory.DATA:
+            return f"{source} changed"
+        return f"{source} is {'no more' if 'removed' in cause.reason else 'newly'} read"
+
+    def _code_words(self, item: Item) -> str:
+        """Return "code" where a stage's VERSION changed, "settings" where only the profile's settings of the asset did."""
+        key = self._plan.key(item.asset)
+        made = self._instance.get_latest_data_version_record(key, False, item.partition)
+        tags = (made.asset_materialization.tags if made is not None and made.asset_materialization else None) or {}
+        stages = [(version or "").rpartition(".")[0] for version in (tags.get(CODE_VERSION_TAG), self._graph.get(key).code_version)]
+        return "code" if stages[0] != stages[1] else "settings"
+
+    def outdated_checks(self, item: Item) -> dict[dg.AssetCheckKey, str]:
+        """Return the checks whose verdict is older than what they judge or go by, or missing, and in words why."""
+        made = self._materialized_s(item)
+        outdated: dict[dg.AssetCheckKey, str] = {}
+        for check in self._checks.get(self._plan.key(item.asset), []):
+            judged = self._last_verdict(check, item)
+            if judged is None or judged.event is None:
+                outdated[check] = "never run"
+                continue
+            parents = [Item(asset, item.partition) for asset in CHECKS_READ.get((item.asset, check.name), ())]
+            newer = [str(p) for p in parents if self._materialized_s(p) > judged.event.timestamp]
+            if newer or made > judged.event.timestamp:
+                outdated[check] = f"{newer[0]} changed" if newer else "not run since"
+        return outdated
+
+    def _materialized_s(self, item: Item) -> float:
+        record = self._instance.get_latest_data_version_record(self._plan.key(item.asset), False, item.partition)
+        return 0.0 if record is None else float(record.timestamp)
+
+    def _last_verdict(self, check: dg.AssetCheckKey, item: Item) -> AssetCheckExecutionRecord | None:
+        history = self._instance.event_log_storage.get_asset_check_execution_history(
+            check, limit=1, status=_ENDED, partition_filter=PartitionKeyFilter(key=item.partition)
+        )
+        return next(iter(history), None)
 
     def failed_checks(self, item: Item) -> dict[str, bool]:
         """Return the checks whose latest run on this item did not pass, and whether each is blocking."""
@@ -114,16 +167,5 @@ class Staleness:
             made = self._instance.get_latest_data_version_record(self._plan.key(item.asset), False, item.partition)
             if made is None or made.event_log_entry.run_id != record.run_id:
                 # That run failed before it made anything. What there is was judged by the run that made it.
-                ended = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
-                history = self._instance.event_log_storage.get_asset_check_execution_history(
-                    record.key, limit=1, status=ended, partition_filter=PartitionKeyFilter(key=item.partition)
-                )
-                record = next(iter(history), record)
+                record = self._last_verdict(record.key, item) or record
         return bool(record.status == AssetCheckExecutionRecordStatus.SUCCEEDED)
-
-
-def _words(cause: StaleCause) -> str:
-    if cause.dependency is None:
-        return cause.reason
-    partition = cause.dependency.partition_key
-    return f"{cause.reason}: {Item(cause.dependency.asset_key.path[-1], partition)}"

@@ -7,6 +7,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 - `block_costs` may be analytic only where a scenario of its target says so, and nobody measured it.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.
+- What an engine measured (`block_costs`, `parent_serving`, `serving`) holds for that version of it.
 - `cost_table`, `frontier` and `tables` gather what there is, so a partition that went away counts, too.
 """
 
@@ -130,10 +131,28 @@ def watch_uptrain_budget(plan: Plan, workspace: Workspace, partition: str | None
     return {**workspace.read_scenario(partition).uptrain.model_dump(), **watch_chat_template(plan, workspace)}
 
 
-def watch_serving_target(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
-    """Return which target a scenario's child is measured on."""
+def watch_engine(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any] | None:
+    """Return the engine's version: what another one measured is not what this one takes. None where none is installed to compare with."""
+    from puzzle_dag.engine.client import VllmMissingError, read_engine_version
+
+    try:
+        return {"engine_version": read_engine_version()}
+    except VllmMissingError:
+        return None
+
+
+def watch_costs_and_engine(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any] | None:
+    """Return whether a target's costs have to be analytic and, where not, the version of the engine that measures them."""
+    wanted = watch_block_costs(plan, workspace, partition)
+    engine = {} if wanted["analytic"] else watch_engine(plan, workspace)
+    return None if engine is None else {**wanted, **engine}
+
+
+def watch_serving(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any] | None:
+    """Return which target a scenario's child is measured on, and the engine's version."""
     assert partition is not None
-    return {"target": workspace.read_scenario(partition).target}
+    engine = watch_engine(plan, workspace)
+    return None if engine is None else {"target": workspace.read_scenario(partition).target, **engine}
 
 
 def _versions(workspace: Workspace, asset: str, partitions: tuple[str, ...] | None = None) -> dict[str, str]:
@@ -166,11 +185,12 @@ WATCHES: dict[str, Watch] = {
     "search_space": watch_search_space,
     "cost_variants": watch_cost_variants,
     "target_spec": watch_target_spec,
-    "block_costs": watch_block_costs,
+    "block_costs": watch_costs_and_engine,
     "scenario_spec": watch_scenario_spec,
     "child": watch_chat_template,
     "uptrained_child": watch_uptrain_budget,
-    "serving": watch_serving_target,
+    "parent_serving": watch_engine,
+    "serving": watch_serving,
     "cost_table": watch_cost_table,
     "frontier": watch_frontier,
     "tables": watch_tables,
@@ -180,8 +200,32 @@ WATCHES: dict[str, Watch] = {
 GATHERERS = frozenset({"cost_table", "frontier", "tables"})
 """Assets that gather what there is: one failed scenario doesn't keep the others out of the table."""
 
+CHECKS_READ: dict[tuple[str, str], tuple[str, ...]] = {
+    ("accuracy", "retention"): ("scenario_spec",),
+    ("serving", "as_asked"): ("scenario_spec",),
+}
+"""(asset, check) -> assets of the same partition that the check goes by and its asset doesn't: another floor is no other grade."""
+
 
 def watch(plan: Plan, workspace: Workspace, asset: str, partition: str | None) -> Any:
     """Return what an asset reads beside its upstream assets, or None where that is nothing. Raises ConfigError."""
     look = WATCHES.get(asset)
     return None if look is None else look(plan, workspace, partition)
+
+
+def watched_words(plan: Plan, asset: str, partition: str | None) -> str:
+    """Return in words what changed where an asset's watch has another value than it had."""
+    profile = f"conf/profiles/{plan.profile.name}.yaml"
+    words = {
+        "parent": f"the parent's files or {profile} changed",
+        "corpus": f"the corpus, its files or Python's version changed ({profile})",
+        "search_space": f"{profile} changed",
+        "cost_variants": f"{profile} changed",
+        "target_spec": f"conf/targets/{partition}.yaml changed",
+        "scenario_spec": f"conf/scenarios/{partition}.yaml changed",
+        "uptrained_child": f"the budget in conf/scenarios/{partition}.yaml changed",
+        "block_costs": "vLLM's version changed, or whether costs may be analytic",
+        "parent_serving": "vLLM's version changed",
+        "serving": f"vLLM's version, or the target in conf/scenarios/{partition}.yaml, changed",
+    }
+    return words.get(asset, "what it gathers changed")

@@ -33,6 +33,8 @@ class Workspace(dg.ConfigurableResource):  # type: ignore[type-arg]
     """The project's root, absolute."""
     profile: str
     """Name of the profile."""
+    anew: bool = False
+    """Make what this run makes anew and replace what the store has; by default what is stored is taken."""
 
     @property
     def root_folder(self) -> Path:
@@ -88,13 +90,13 @@ class Workspace(dg.ConfigurableResource):  # type: ignore[type-arg]
                 shutil.rmtree(self.store.root / kind / prefix / key, ignore_errors=True)
 
     def keep(self, kind: str, inputs: Any, fill: Callable[[Path], tuple[str, dict[str, Any]]]) -> Artifact:
-        """Return the artifact that `inputs` determine, making it where the store doesn't have it.
+        """Return the artifact that `inputs` determine, making it where the store doesn't have it (or `anew` is on).
 
         `fill(folder)` writes its files and returns their digest and what to remember of them (JSON).
         """
         key = fingerprint(inputs)
         found = self.store.find(kind, key)
-        if found is not None:
+        if found is not None and not self.anew:
             return found
         metadata: dict[str, Any] = {}
 

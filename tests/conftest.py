@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from micro_project import Project, make_project
+from ticking_engine import TickingEngine
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -95,6 +97,18 @@ def save_parent(micro_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pyte
 def micro_parent_folder(save_parent: Callable[..., Path]) -> Path:
     """A 2-layer random Llama (hidden 64, 4 heads, 4 KV heads, head_dim 32, FFN 128) in float32 with a tokenizer."""
     return save_parent("llama")
+
+
+@pytest.fixture(scope="session")
+def refreshed_project(micro_parent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """The micro profile with a width more in layer 0, refreshed with an engine whose times are arithmetic; copy it, don't change it."""
+    made = make_project(tmp_path_factory.mktemp("refreshed"), micro_parent_folder)
+    made.edit(made.profile_file, search_space__overrides={0: {"add_ffn": ["w32"]}})
+    with pytest.MonkeyPatch.context() as patch:
+        TickingEngine().install(patch)
+        record = made.refresh()
+    assert record.ok, [o for o in record.outcomes if o.state != "ran"]
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -47,6 +47,12 @@ class Project:
             return refresh(self.root, self.profile, instance, **options)
 
 
+def copy_project(source: Project, root: Path) -> Project:
+    """Return a copy of a project with all that was made in it: a refresh of the micro profile takes a while, a copy doesn't."""
+    shutil.copytree(source.root, root, dirs_exist_ok=True)
+    return Project(root, source.profile)
+
+
 def make_project(root: Path, parent_folder: Path) -> Project:
     (root / "conf").mkdir(parents=True)
     shutil.copy(CHECKOUT / "conf" / "dagster.yaml", root / "conf")

@@ -13,6 +13,7 @@ from micro_project import CHECKOUT, Project, make_project
 
 from assets.refresh import RefreshRecord
 from assets.scenarios import add_scenario
+from assets.status import describe_status
 from puzzle_dag.config import ConfigError
 from puzzle_dag.engine.client import VllmMissingError
 from puzzle_dag.library import build
@@ -63,6 +64,14 @@ def test_a_dry_run_changes_nothing(started: Project) -> None:
     assert record.ran == [] and states(record, "block_library") == ["stale"] * 2
     with started.instance() as instance:
         assert instance.get_runs_count() == before
+
+
+def test_the_status_of_what_never_ran_is_unknown(started: Project) -> None:
+    with started.instance() as instance:
+        lines = describe_status(started.root, "micro", instance)
+    row = next(line for line in lines if "block_library[L00]" in line)
+    assert "never run" in row and row.rstrip().endswith("unknown")
+    assert not any("parent_activations" in line for line in lines if "waits" not in line)
 
 
 def test_a_failure_is_tried_again_but_not_for_ever(started: Project, monkeypatch: pytest.MonkeyPatch) -> None:

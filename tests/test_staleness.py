@@ -5,10 +5,9 @@ The tests share one project, which each leaves up to date: an edit is made, and 
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-from micro_project import Project, make_project
+from micro_project import Project, copy_project
 from ticking_engine import TickingEngine
 
 from assets.definitions import build_definitions
@@ -28,13 +27,9 @@ def engine() -> Iterator[TickingEngine]:
 
 
 @pytest.fixture(scope="module")
-def project(micro_parent_folder: Path, tmp_path_factory: pytest.TempPathFactory, engine: TickingEngine) -> Project:
+def project(refreshed_project: Project, tmp_path_factory: pytest.TempPathFactory, engine: TickingEngine) -> Project:
     """The micro profile, refreshed once; layer 0 has a width more than layer 1."""
-    made = make_project(tmp_path_factory.mktemp("staleness"), micro_parent_folder)
-    made.edit(made.profile_file, search_space__overrides={0: {"add_ffn": ["w32"]}})
-    record = made.refresh()
-    assert record.ok, [o for o in record.outcomes if o.state != "ran"]
-    return made
+    return copy_project(refreshed_project, tmp_path_factory.mktemp("staleness"))
 
 
 @pytest.fixture(autouse=True)

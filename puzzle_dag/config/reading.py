@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 class Settings(BaseModel):
     """What all configuration has in common: unknown keys are errors, values don't change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 _Model = TypeVar("_Model", bound=Settings)

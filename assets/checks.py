@@ -4,12 +4,12 @@ A `blocking` check stops only its own run, so the refresh looks at the latest re
 """
 
 import math
-import warnings
-from collections.abc import Callable
-from typing import Any
 
 import dagster as dg
 
+from assets.checking import Body
+from assets.checking import check_of as _check
+from assets.checking import check_result as _result
 from assets.children import CHECKPOINT, chosen_pieces
 from assets.costs import parent_block
 from assets.facts import constraints_met, read_chain
@@ -19,33 +19,15 @@ from assets.materialise import table
 from assets.plan import Plan
 from assets.search import read_costs, read_scores
 from assets.served import Verdict, overall_verdict
+from assets.speed_checks import costs_are_monotone, serves_as_predicted
 from puzzle_dag.architecture import Block
 from resources.workspace import Workspace
 
-Body = Callable[[dg.AssetCheckExecutionContext, Workspace], dg.AssetCheckResult]
 _VERDICTS: dict[Verdict, str] = {
     "met": "no part of the confidence interval is more than 5 % short",
     "missed": "the whole confidence interval is more than 5 % short",
     "unclear": "the confidence interval straddles the bound: measure more engines, or on a quieter machine",
 }
-
-
-def _check(
-    plan: Plan, asset: str, name: str, partitions: dg.PartitionsDefinition, body: Body, *, blocking: bool, description: str
-) -> dg.AssetChecksDefinition:
-    def run(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
-        return body(context, workspace)
-
-    with warnings.catch_warnings():
-        # Partitioned checks are in preview; the pinned Dagster has them, and they are what the UI shows a partition.
-        warnings.simplefilter("ignore", dg.PreviewWarning)
-        decorate = dg.asset_check(asset=plan.key(asset), name=name, blocking=blocking, description=description, partitions_def=partitions)
-        return decorate(run)
-
-
-def _result(passed: bool, *, blocking: bool = True, **metadata: Any) -> dg.AssetCheckResult:
-    severity = dg.AssetCheckSeverity.ERROR if blocking else dg.AssetCheckSeverity.WARN
-    return dg.AssetCheckResult(passed=passed, severity=severity, metadata=metadata)
 
 
 def _library_is_complete(plan: Plan) -> Body:
@@ -207,6 +189,15 @@ def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
         ),
         _check(
             plan,
+            "block_costs",
+            "monotone",
+            plan.partitions.targets,
+            costs_are_monotone(plan),
+            blocking=False,
+            description="No variant takes less time at a larger batch, beyond the noise of the measurement.",
+        ),
+        _check(
+            plan,
             "solution",
             "feasible",
             scenarios,
@@ -240,5 +231,14 @@ def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
             _serves_as_asked(plan),
             blocking=False,
             description="The engine's measurement meets the scenario within 5 %: an error where it can't, a warning where it is unclear.",
+        ),
+        _check(
+            plan,
+            "serving",
+            "as_predicted",
+            scenarios,
+            serves_as_predicted(plan),
+            blocking=False,
+            description="The speed-up that the cost table foretold lies within 10 % beyond the measured 95 % interval.",
         ),
     ]

@@ -6,7 +6,8 @@ from typing import Any
 
 import dagster as dg
 
-from assets.materialise import Stopwatch, files_below, materialised, picture
+from assets.drawings import architecture_picture, page_link
+from assets.materialise import Stopwatch, files_below, materialised, picture, table
 from assets.plan import Plan
 from assets.versions import stage_version
 from puzzle_dag.architecture import Block, layer_key
@@ -91,7 +92,13 @@ def _child_asset(plan: Plan) -> dg.AssetsDefinition:
             value,
             data_version=made.digest,
             files=files_below(made.folder),
-            metadata={"folder": dg.MetadataValue.path(str(made.folder / CHECKPOINT)), **_divergence_metadata(divergence)},
+            metadata={
+                "folder": dg.MetadataValue.path(str(made.folder / CHECKPOINT)),
+                **_divergence_metadata(divergence),
+                "architecture": table([{"layer": c["layer"], "block": c["block"], "score": c["score"]} for c in solution["choices"]]),
+                "picture": architecture_picture(plan, workspace, [b.name for b in architecture], title=context.partition_key),
+                "page": page_link(plan, context.partition_key),
+            },
             time=time,
         )
 
@@ -188,6 +195,7 @@ def _uptrained_child_asset(plan: Plan) -> dg.AssetsDefinition:
                 "gflop_per_s": report["flops_per_s"] / 1e9,
                 **_divergence_metadata(divergence),
                 **_curve_metadata(made.metadata["curve"]),
+                "page": page_link(plan, context.partition_key),
             },
             time=time,
         )
@@ -201,9 +209,12 @@ def _thin(curve: list[dict[str, Any]], num_points: int = 200) -> list[dict[str, 
 
 
 def _curve_metadata(curve: list[dict[str, Any]]) -> dict[str, Any]:
-    from puzzle_dag.report.pictures import loss_curve
+    from puzzle_dag.report.pictures import DISTILLATION_LOSSES, loss_curve
 
-    return {"picture": picture(loss_curve(loss_lines(curve), title="global knowledge distillation"), "loss curve")} if curve else {}
+    if not curve:
+        return {}
+    drawn = loss_curve(loss_lines(curve), title="global knowledge distillation", y=DISTILLATION_LOSSES)
+    return {"picture": picture(drawn, "losses of the global distillation")}
 
 
 def loss_lines(curve: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:

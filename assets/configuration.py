@@ -1,10 +1,12 @@
 """Configuration assets: what a person wrote, validated and resolved; the refresh runs them only where that changed."""
 
+from functools import partial
 from typing import Any
 
 import dagster as dg
 
-from assets.materialise import materialised, partition_of
+from assets.drawings import page_link
+from assets.materialise import materialised, partition_of, table
 from assets.partitions import NO_PARTITIONS
 from assets.plan import Plan
 from assets.watches import watch
@@ -27,6 +29,32 @@ def _space_metadata(value: dict[str, Any]) -> dict[str, Any]:
     return {"attention": ", ".join(value["attention"]), "ffn": ", ".join(value["ffn"]), "num_pairs": num_pairs}
 
 
+def _field_rows(value: dict[str, Any], prefix: str = "") -> list[dict[str, Any]]:
+    """Return a row for each field that is set, nested ones by dotted name."""
+    rows: list[dict[str, Any]] = []
+    for name, content in value.items():
+        if isinstance(content, dict):
+            rows += _field_rows(content, f"{prefix}{name}.")
+        elif content is not None:
+            rows.append({"field": prefix + name, "value": ", ".join(map(str, content)) if isinstance(content, list) else content})
+    return rows
+
+
+def _fields_metadata(value: dict[str, Any]) -> dict[str, Any]:
+    return {"fields": table(_field_rows(value)), "value": dg.MetadataValue.json(value)}
+
+
+def _parent_metadata(plan: Plan, value: dict[str, Any]) -> dict[str, Any]:
+    names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+    shape = [{"field": n, "value": getattr(plan.shape, n)} for n in (*names, "max_position_embeddings")]
+    files = [{"file": name, "SHA-256": digest} for name, digest in value.get("files", {}).items()]
+    return {"shape": table(shape), "files": table(files), "source": dg.MetadataValue.json(value["source"])}
+
+
+def _scenario_metadata(plan: Plan, value: dict[str, Any]) -> dict[str, Any]:
+    return {**_fields_metadata(value), "page": page_link(plan, value["name"])}
+
+
 def configuration_assets(plan: Plan) -> list[dg.AssetsDefinition]:
     """Return corpus, parent, search_space, cost_variants, target_spec and scenario_spec."""
     parts = plan.partitions
@@ -35,7 +63,10 @@ def configuration_assets(plan: Plan) -> list[dg.AssetsDefinition]:
             plan, "corpus", description="The text: settings, and what the text itself hangs on (Python's version, file digests)."
         ),
         _configuration_asset(
-            plan, "parent", description="The model to compress: its source and the digest of each file of the checkpoint."
+            plan,
+            "parent",
+            partial(_parent_metadata, plan),
+            description="The model to compress: its source and the digest of each file of the checkpoint.",
         ),
         _configuration_asset(
             plan,
@@ -53,9 +84,17 @@ def configuration_assets(plan: Plan) -> list[dg.AssetsDefinition]:
             description="Sorted union of the variants over the layers: what costs must be known for.",
         ),
         _configuration_asset(
-            plan, "target_spec", partitions=parts.targets, description="Hardware, engine, mode and workload that costs are measured for."
+            plan,
+            "target_spec",
+            _fields_metadata,
+            partitions=parts.targets,
+            description="Hardware, engine, mode and workload that costs are measured for.",
         ),
         _configuration_asset(
-            plan, "scenario_spec", partitions=parts.scenarios, description="The constraints of one deployment (conf/scenarios/NAME.yaml)."
+            plan,
+            "scenario_spec",
+            partial(_scenario_metadata, plan),
+            partitions=parts.scenarios,
+            description="The constraints of one deployment (conf/scenarios/NAME.yaml).",
         ),
     ]

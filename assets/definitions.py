@@ -14,6 +14,11 @@ from assets.checks import asset_checks
 from assets.children import child_assets
 from assets.configuration import configuration_assets
 from assets.costs import cost_assets
+from assets.foreign.checks import foreign_checks
+from assets.foreign.library import foreign_library_assets
+from assets.foreign.plan import ForeignPlan
+from assets.foreign.results import foreign_result_assets
+from assets.foreign.search import foreign_search_assets
 from assets.grading import grading_assets
 from assets.launching import add_scenario_job, refresh_job
 from assets.library import library_assets
@@ -30,7 +35,7 @@ PROFILE_VARIABLE = "PUZZLE_DAG_PROFILE"
 DEFAULT_PROFILE = "tiny"
 
 
-def build_definitions(plan: Plan) -> dg.Definitions:
+def build_definitions(plan: Plan | ForeignPlan) -> dg.Definitions:
     """Return the definitions of one profile."""
     refresh = refresh_job(plan)
     factories = (
@@ -45,9 +50,12 @@ def build_definitions(plan: Plan) -> dg.Definitions:
         online_assets,
         result_assets,
     )
+    checks = asset_checks
+    if isinstance(plan, ForeignPlan):
+        factories, checks = (foreign_library_assets, foreign_search_assets, foreign_result_assets), foreign_checks
     return dg.Definitions(
         assets=[_with_auto_mode(plan, asset) for factory in factories for asset in factory(plan)],
-        asset_checks=asset_checks(plan),
+        asset_checks=checks(plan),
         jobs=[refresh, add_scenario_job(plan)],
         sensors=[conf_sensor(plan, refresh), auto_sensor(plan)],
         schedules=sweep_schedules(plan),

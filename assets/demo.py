@@ -1,12 +1,12 @@
 """`python -m assets demo`: refresh a profile, then print what came out, on which machine, how long it took, and where to look."""
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 from assets.plan import make_plan
 from assets.refresh import Outcome, RefreshRecord, refresh
-from assets.reports import results_table, scenario_facts, stage_peak_memory_bytes, stage_seconds, write_reports
+from assets.reports import results_table, scenario_facts, stage_peak_memory_bytes, stage_seconds
+from puzzle_dag.config import ConfigError, is_foreign
 from puzzle_dag.engine.client import VllmMissingError, read_engine_version
 from puzzle_dag.engine.hardware import detect_hardware, measure_matmul_rate
 from puzzle_dag.report.tables import format_seconds, text_table
@@ -26,16 +26,6 @@ def describe_machine() -> dict[str, str]:
     return {"hardware": detect_hardware().name, "matrix product": rate, "engine": engine}
 
 
-def read_commit(root: Path) -> str:
-    """Return the checkout's commit, with "+" where files differ from it, or "unknown"."""
-    git = ["git", "-C", str(root)]
-    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    if head.returncode:
-        return "unknown"
-    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False)
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
-
-
 def run_demo(root: Path, profile: str, say: Callable[[str], None]) -> RefreshRecord:
     """Refresh, then say the results: table, machine, time of each stage, path of the report.
 
@@ -47,6 +37,10 @@ def run_demo(root: Path, profile: str, say: Callable[[str], None]) -> RefreshRec
         why = "" if outcome.state == "ran" else f"  {'; '.join(outcome.reasons)}"
         say(f"{outcome.state:>6}  {outcome.item}  {format_seconds(outcome.seconds)}{why}")
 
+    if is_foreign(root / "conf", profile):
+        raise ConfigError(
+            f"profile {profile} is a foreign library, without a child to show; run `python -m assets refresh --profile {profile}`"
+        )
     with open_instance(root) as instance:
         record = refresh(root, profile, instance, on_outcome=tell)
     plan, workspace = make_plan(root, profile), Workspace(root=str(root), profile=profile)
@@ -62,9 +56,8 @@ def run_demo(root: Path, profile: str, say: Callable[[str], None]) -> RefreshRec
     efforts.append(("all", format_seconds(sum(stages.values())), f"{max(peaks.values(), default=0) / 2**30:.2f} GiB"))
     say(text_table(("stage", "time", "peak memory, engines aside"), efforts))
     say("\n" + "\n".join(f"{name}: {value}" for name, value in machine.items()))
-    footer = f"commit {read_commit(root)}; {machine['hardware']}; {machine['engine']}"
     if facts:
-        say(f"report: {write_reports(plan, workspace, facts, machine=machine, footer=footer)}")
+        say(f"report: {workspace.var / 'reports' / 'index.html'}")
     for check in record.failed_checks:
         say(f"check {check} did not pass")
     say(f"this refresh: {len(record.ran)} materialized, {len(record.of('failed'))} failed, {format_seconds(record.seconds)}")

@@ -79,6 +79,17 @@ def constraints_met(plan: Plan, workspace: Workspace, chain: Chain) -> list[dict
     return constraint_rows(measured_constraints(scenario, target, chain.serving["report"], chain.name, chain.solution["batch"]))
 
 
+def _measured_ratios(plan: Plan, workspace: Workspace, chain: Chain) -> dict[str, float | None]:
+    """Return child / parent of latency and memory (weights and KV cache), as served at the batch size that the solution keeps."""
+    own, theirs = served_model(chain, chain.name), served_model(chain, "parent")
+    if not own or not theirs or chain.spec is None:
+        return {"measured_latency_ratio": None, "measured_memory_ratio": None}
+    target = workspace.target_of(workspace.shelf.value("target_spec", chain.spec["target"]))
+    num_tokens = own["batch"] * (target.input_length + target.output_length)
+    memory = [m["weight_bytes"] + num_tokens * m["kv_bytes_per_token"] for m in (own, theirs)]
+    return {"measured_latency_ratio": own["total_s"] / theirs["total_s"], "measured_memory_ratio": memory[0] / memory[1]}
+
+
 def result_row(plan: Plan, workspace: Workspace, chain: Chain) -> dict[str, Any]:
     """Return one scenario's results as a flat row; None for what isn't there."""
     solution, served, mean = chain.solution or {}, served_model(chain, chain.name), (chain.accuracy or {}).get("mean", {})
@@ -108,6 +119,7 @@ def result_row(plan: Plan, workspace: Workspace, chain: Chain) -> dict[str, Any]
         "retention_stderr": mean.get("stderr"),
         "retention_floor": floor,
         "retention_met": None if retained is None or floor is None else retained >= floor,
+        **_measured_ratios(plan, workspace, chain),
     }
 
 
@@ -121,3 +133,12 @@ def frontier_points(rows: list[dict[str, Any]]) -> "list[FrontierPoint]":
             half = (row["speedup_high"] - row["speedup_low"]) / 2
             points.append(FrontierPoint(row["scenario"], row["measured_speedup"], row["retention"], "child", half, row["retention_stderr"]))
     return points
+
+
+def ratio_points(rows: list[dict[str, Any]], ratio: str) -> "list[FrontierPoint]":
+    """Return the parent and the graded children, a measured ratio to the parent ("measured_memory_ratio") against retention."""
+    from puzzle_dag.report.pictures import FrontierPoint
+
+    known = [r for r in rows if r[ratio] is not None and r["retention"] is not None]
+    children = [FrontierPoint(r["scenario"], r[ratio], r["retention"], "child", 0.0, r["retention_stderr"]) for r in known]
+    return [FrontierPoint("parent", 1.0, 1.0, "parent"), *children]

@@ -10,7 +10,7 @@ from pydantic import Field
 from assets.form import form_fields
 from assets.plan import DEVICE_POOL, Plan, make_plan
 from assets.scenarios import write_scenario
-from puzzle_dag.config import Scenario
+from puzzle_dag.config import ForeignProfile, ForeignScenario, Scenario
 
 
 class RefreshConfig(dg.Config):
@@ -77,7 +77,9 @@ def add_scenario_job(plan: Plan) -> dg.JobDefinition:
         "overwrite": dg.Field(bool, default_value=False, description="Replace a scenario of the same name."),
         "refresh": dg.Field(bool, default_value=True, description="Find and train its child at once; nothing else runs."),
     }
-    form = form_fields(Scenario, without=("version",), choices={"target": plan.profile.targets})
+    is_foreign = isinstance(plan.profile, ForeignProfile)
+    choices = {"library": (plan.profile.name,)} if is_foreign else {"target": plan.profile.targets}
+    form = form_fields(ForeignScenario if is_foreign else Scenario, without=("version",), choices=choices)
 
     @dg.op(name=name.removesuffix("_job"), pool=DEVICE_POOL, config_schema={**form, **own}, description="Add a scenario, then solve it.")
     def add_op(context: dg.OpExecutionContext) -> None:

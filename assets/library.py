@@ -12,14 +12,16 @@ from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
 from resources.workspace import Workspace
 
+_LOSS = "loss (share of the output's energy)"
+
 
 def space_from_json(value: dict[str, list[str]]) -> LayerSpace:
     """Return the space that a record of `search_space` says."""
     return LayerSpace(tuple(map(Attention.parse, value["attention"])), tuple(map(FFN.parse, value["ffn"])))
 
 
-def _metadata(layer: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    from puzzle_dag.report.pictures import loss_bars
+def _metadata(layer: str, rows: list[dict[str, Any]], curves: dict[str, list[tuple[int, float]]]) -> dict[str, Any]:
+    from puzzle_dag.report.pictures import loss_bars, loss_curve
 
     losses = {f"{r['place']}/{r['variant']}": (r["loss_initial"], r["loss_trained"]) for r in rows}
     return {
@@ -27,6 +29,11 @@ def _metadata(layer: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "num_trained": sum(not r["was_cached"] for r in rows),
         "losses": table([{k: r[k] for k in ("place", "variant", "loss_initial", "loss_trained", "was_cached")} for r in rows]),
         "picture": picture(loss_bars(losses, title=layer), "loss before and after training"),
+        **(
+            {"training": picture(loss_curve(curves, title=f"{layer}: block-wise distillation", y=_LOSS), "training loss of each variant")}
+            if any(curves.values())
+            else {}
+        ),
     }
 
 
@@ -82,7 +89,7 @@ def library_assets(plan: Plan) -> list[dg.AssetsDefinition]:
                 write_rows(workspace.tables / "library" / f"{context.partition_key}.parquet", rows),
                 *(a.folder / "tensors.safetensors" for a in pieces.artifacts.values()),
             ],
-            metadata=_metadata(context.partition_key, rows),
+            metadata=_metadata(context.partition_key, rows, {f"{r.place}/{r.variant}": r.curve for r in reports}),
             time=time,
         )
 

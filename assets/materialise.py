@@ -7,7 +7,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.plan import Plan
+from assets.plan import Naming
 from assets.watches import watch
 from puzzle_dag.peak_memory import peak_memory_bytes, reset_peak_memory
 from puzzle_dag.store import fingerprint
@@ -21,7 +21,7 @@ def partition_of(context: dg.AssetExecutionContext | dg.AssetCheckExecutionConte
 
 def materialised(
     context: dg.AssetExecutionContext,
-    plan: Plan,
+    plan: Naming,
     workspace: Workspace,
     value: dict[str, Any],
     *,
@@ -95,4 +95,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> dg.MetadataValue:
 def _cell(value: Any) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")

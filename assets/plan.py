@@ -1,16 +1,19 @@
 """What all asset definitions of one profile share: its settings, its parent's shape, keys, partitions and options."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import dagster as dg
 
 from assets.partitions import Partitions
 from assets.versions import stage_version
-from puzzle_dag.config import Profile, read_profile
+from puzzle_dag.config import ForeignProfile, Profile, read_any_profile
 from puzzle_dag.store import fingerprint
+
+if TYPE_CHECKING:
+    from assets.foreign.plan import ForeignPlan
 
 DEVICE_POOL = "device"
 OWNERS = ["team:compression"]
@@ -30,26 +33,15 @@ GROUPS = {
 OPT_IN = ("load_curve", "speculation")
 """Assets that exist only where the profile has settings under their name; each takes minutes a scenario."""
 
-_GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 
+class Naming:
+    """How the assets of one profile are named, grouped and told of; what is planned says the profile and the groups."""
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """One profile, as its definitions see it."""
-
-    root: Path
-    """The project's root."""
-    profile: Profile
-    """Settings, as read when the definitions were made."""
-    shape: Any
-    """The parent's PuzzleDagConfig, read without its weights."""
-    partitions: Partitions
-    """Partition sets."""
-
-    @property
-    def opted_in(self) -> tuple[str, ...]:
-        """Names of the OPT_IN assets that the profile asks for."""
-        return tuple(name for name in OPT_IN if getattr(self.profile, name) is not None)
+    __slots__ = ()
+    groups: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Group -> its assets, in the order of the data flow."""
+    profile: Any
+    """Settings of the profile; only its name is used here."""
 
     def key(self, name: str) -> dg.AssetKey:
         """Return an asset's key, prefixed with the profile's name."""
@@ -82,7 +74,7 @@ class Plan:
             "deps": [self.dep(d) if isinstance(d, str) else d for d in deps],
             "code_version": ".".join([*(f"{s.rpartition('.')[2]}{v}" for s, v in code["stages"].items()), fingerprint(code)[:12]]),
             "partitions_def": partitions,
-            "group_name": _GROUP_OF[name],
+            "group_name": next(group for group, names in self.groups.items() if name in names),
             "kinds": set(kinds),
             "owners": OWNERS,
             "description": description,
@@ -90,10 +82,34 @@ class Plan:
         }
 
 
-def make_plan(root: Path, profile_name: str) -> Plan:
-    """Read a profile and its parent's config.json. Raises ConfigError, UnsupportedFamilyError."""
+@dataclass(frozen=True, slots=True)
+class Plan(Naming):
+    """One profile with a parent, as its definitions see it."""
+
+    groups = GROUPS
+
+    root: Path
+    """The project's root."""
+    profile: Profile
+    """Settings, as read when the definitions were made."""
+    shape: Any
+    """The parent's PuzzleDagConfig, read without its weights."""
+    partitions: Partitions
+    """Partition sets."""
+
+    @property
+    def opted_in(self) -> tuple[str, ...]:
+        """Names of the OPT_IN assets that the profile asks for."""
+        return tuple(name for name in OPT_IN if getattr(self.profile, name) is not None)
+
+
+def make_plan(root: Path, profile_name: str) -> "Plan | ForeignPlan":
+    """Read a profile and its parent's config.json, or a foreign library's profile. Raises ConfigError, UnsupportedFamilyError."""
+    from assets.foreign.plan import make_foreign_plan
     from puzzle_dag.model.parent import read_parent_shape
 
-    profile = read_profile(root / "conf", profile_name)
+    profile = read_any_profile(root / "conf", profile_name)
+    if isinstance(profile, ForeignProfile):
+        return make_foreign_plan(root, profile)
     shape = read_parent_shape(profile.parent, root)
     return Plan(root, profile, shape, Partitions.of(profile.name, shape.num_hidden_layers))

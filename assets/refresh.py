@@ -16,6 +16,8 @@ import dagster as dg
 from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._core.storage.tags import PARTITION_NAME_TAG
 
+from assets.foreign.library import check_foreign_profile
+from assets.foreign.plan import ForeignPlan
 from assets.plan import Plan
 from assets.staleness import Item, Staleness
 from assets.watches import GATHERERS
@@ -148,6 +150,9 @@ class Refresh:
 
     def _check_before(self, dry: bool) -> None:
         """Find before any compute what would fail in the middle of it. Raises ConfigError, VllmMissingError, DiskFullError."""
+        if isinstance(self._plan, ForeignPlan):
+            check_foreign_profile(self._workspace)
+            return
         profile, shape = self._plan.profile, self._plan.shape
         check_profile(self._workspace.conf, profile, shape)
         if dry:

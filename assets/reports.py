@@ -1,18 +1,19 @@
 """What came out, for people: the facts of every scenario read from the shelf, as tables and as self-contained HTML pages."""
 
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from assets.children import loss_lines
 from assets.costs import parent_block
-from assets.facts import frontier_points, read_chain, result_row
+from assets.facts import frontier_points, ratio_points, read_chain, result_row
 from assets.plan import GROUPS, Plan
 from puzzle_dag.costs.comparison import Comparison
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.report.costs import cost_panels, residual_plot
 from puzzle_dag.report.html import Picture, Table
-from puzzle_dag.report.pictures import score_heat_map
+from puzzle_dag.report.pictures import frontier, score_heat_map
 from puzzle_dag.report.scenario import ConstraintFact, ScenarioFacts, ServedFact, TaskFact, render_overview, render_scenario
 from puzzle_dag.report.tables import format_percent, format_quantity
 from puzzle_dag.store import fingerprint, write_atomically
@@ -20,6 +21,7 @@ from resources.rows import read_rows
 from resources.shelf import Record
 from resources.workspace import Workspace
 
+_RETENTION = "retention, corrected for chance"
 _CAPTION = "predicted by the cost table | measured on the engine, parent and child in turns, with the 95 % confidence interval"
 
 
@@ -187,6 +189,43 @@ def _pictures(plan: Plan, workspace: Workspace) -> list[Picture]:
     return drawn
 
 
+def frontier_pictures(rows: list[dict[str, Any]]) -> dict[str, bytes]:
+    """Return quality against speed, memory and latency, as measured, by name."""
+    return {
+        "quality_against_speed": frontier(frontier_points(rows), x="throughput (parent = 1)", y=_RETENTION),
+        "quality_against_memory": frontier(
+            ratio_points(rows, "measured_memory_ratio"), x="weights and KV cache (parent = 1)", y=_RETENTION
+        ),
+        "quality_against_latency": frontier(ratio_points(rows, "measured_latency_ratio"), x="latency (parent = 1)", y=_RETENTION),
+    }
+
+
+def read_commit(root: Path) -> str:
+    """Return the checkout's commit, with "+" where files differ from it, or "unknown"."""
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return "unknown"
+    changed = subprocess.run([*git, "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False)
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def _served_on(workspace: Workspace, names: Sequence[str]) -> dict[str, str]:
+    """Return the machines and engines that parent and children were served on, as the measurements say."""
+    reports = [chain.serving["report"] for chain in (read_chain(workspace, n) for n in names) if chain.serving]
+    found = {what: sorted({str(r[key]) for r in reports}) for what, key in (("hardware", "hardware"), ("engine", "engine_version"))}
+    return {what: ", ".join(values) or "nothing was served" for what, values in found.items()}
+
+
+def write_pages(plan: Plan, workspace: Workspace, scenarios: Sequence[str]) -> list[Path]:
+    """Write the page of all and one for each scenario that has a solution; return their paths, the former's first."""
+    facts = [f for f in (scenario_facts(plan, workspace, n) for n in scenarios) if f is not None]
+    machine = _served_on(workspace, scenarios)
+    footer = "; ".join([f"commit {read_commit(plan.root)}", *machine.values()])
+    index = write_reports(plan, workspace, facts, machine=machine, footer=footer)
+    return [index, *(index.parent / f"{f.name}.html" for f in facts)]
+
+
 def write_reports(
     plan: Plan, workspace: Workspace, facts: Sequence[ScenarioFacts], *, machine: Mapping[str, str], footer: str = ""
 ) -> Path:
@@ -195,16 +234,18 @@ def write_reports(
     index, results, stages = folder / "index.html", results_table(workspace, facts), stage_seconds(plan, workspace)
     records = [workspace.shelf.find(name) for name in ("score_table", "cost_table")]
     content = [repr(facts), repr(results), stages, footer, [r.data_version for r in records if r]]
-    stamp = folder / "stamp"
-    if index.exists() and stamp.exists() and stamp.read_text() == fingerprint(content):
+    stamp, pages = folder / "stamp", [index, *(folder / f"{f.name}.html" for f in facts)]
+    if all(p.exists() for p in (*pages, stamp)) and stamp.read_text() == fingerprint(content):
         return index
     for fact in facts:
         write_atomically(folder / f"{fact.name}.html", render_scenario(fact, footer=footer))
+    rows = [result_row(plan, workspace, read_chain(workspace, f.name)) for f in facts]
+    against = [Picture(png, name.replace("_", " ")) for name, png in frontier_pictures(rows).items()]
     page = render_overview(
         plan.profile.name,
         results=results,
         stages=stages,
-        points=frontier_points([result_row(plan, workspace, read_chain(workspace, f.name)) for f in facts]),
+        frontiers=against,
         machine=machine,
         pictures=_pictures(plan, workspace) if all(records) else (),
         pages=[(f.name, f"{f.name}.html") for f in facts],

@@ -2,8 +2,10 @@
 
 import dagster as dg
 
+from assets.drawings import page_link
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
+from assets.reports import frontier_pictures, write_pages
 from assets.watches import watch_frontier
 from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
@@ -34,27 +36,28 @@ def _frontier_asset(plan: Plan) -> dg.AssetsDefinition:
             "frontier",
             deps=["accuracy", "serving"],
             kinds=("parquet",),
-            description="All scenarios side by side: asked for, predicted, measured, graded.",
+            description="All scenarios side by side: asked for, predicted, measured, graded; a page for each, and one for all.",
         )
     )
     def frontier(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        from assets.facts import frontier_points, read_chain, result_row
-        from puzzle_dag.report.pictures import frontier as draw_frontier
+        from assets.facts import read_chain, result_row
 
         time, scenarios = Stopwatch(), workspace.read_profile().scenarios
         rows = [result_row(plan, workspace, read_chain(workspace, name)) for name in scenarios]
         path = write_rows(workspace.tables / "frontier.parquet", rows)
-        drawn = draw_frontier(frontier_points(rows), x="throughput (parent = 1)", y="retention, corrected for chance")
+        pages = write_pages(plan, workspace, scenarios)
         return materialised(
             context,
             plan,
             workspace,
             {"rows": rows},
             data_version=fingerprint({"rows": rows, "from": watch_frontier(plan, workspace)}),
-            files=[path],
+            files=[path, *pages],
             metadata={
+                "page": page_link(plan, "index"),
                 "results": table([{k: r[k] for k in _SHOWN} for r in rows]),
-                "picture": picture(drawn, "quality against speed"),
+                **{name: picture(drawn, name.replace("_", " ")) for name, drawn in frontier_pictures(rows).items()},
+                **{f"page_{p.stem}": page_link(plan, p.stem) for p in pages[1:]},
             },
             time=time,
         )

@@ -13,8 +13,22 @@ from pathlib import Path
 import yaml
 
 from assets.listing import add_name, remove_name
-from puzzle_dag.config import ConfigError, Scenario, check_name, read_profile, read_scenario, read_target
+from puzzle_dag.config import (
+    ConfigError,
+    ForeignProfile,
+    ForeignScenario,
+    Profile,
+    Scenario,
+    check_name,
+    library_of,
+    read_any_profile,
+    read_foreign_scenario,
+    read_scenario,
+    read_target,
+)
 from puzzle_dag.preflight import check_scenario
+from puzzle_dag.search.foreign import ForeignLibraryError, read_foreign_library
+from puzzle_dag.search.foreign_scenario import check_foreign_scenario
 from puzzle_dag.store import write_atomically
 from resources.device import lease
 
@@ -22,7 +36,7 @@ RETIRED = "retired"
 """Folder below conf/scenarios/ of the scenarios that no profile solves any more."""
 
 
-def validate_scenario(root: Path, profile_name: str, name: str, text: str, *, where: str | None = None) -> Scenario:
+def validate_scenario(root: Path, profile_name: str, name: str, text: str, *, where: str | None = None) -> Scenario | ForeignScenario:
     """Return the scenario that a file of this name and content would be to the profile.
 
     Args:
@@ -33,25 +47,44 @@ def validate_scenario(root: Path, profile_name: str, name: str, text: str, *, wh
         where: what messages call it; by default its place in conf/.
 
     Raises:
-        ConfigError: it is no valid scenario, or its target or a batch size isn't one that the profile measures.
+        ConfigError: it is no valid scenario, or its target or a batch size isn't one that the profile measures; of a foreign
+            library: it bounds a number that the library lacks.
     """
-    conf, profile = root / "conf", read_profile(root / "conf", profile_name)
+    conf, profile = root / "conf", read_any_profile(root / "conf", profile_name)
     check_name(name)
     with tempfile.TemporaryDirectory() as folder:
         trial = Path(folder) / "scenarios" / f"{name}.yaml"
         write_atomically(trial, text)
         try:
-            scenario = read_scenario(Path(folder), name)
+            scenario = (read_foreign_scenario if isinstance(profile, ForeignProfile) else read_scenario)(Path(folder), name)
         except ConfigError as error:
             shown = where or str(conf / "scenarios" / trial.name)
             raise ConfigError(str(error).replace(str(trial), shown)) from None
-    check_scenario(scenario, {target: read_target(conf, target) for target in profile.targets})
+    if isinstance(scenario, ForeignScenario):
+        _check_against_library(root, profile, scenario)
+    else:
+        check_scenario(scenario, {target: read_target(conf, target) for target in profile.targets})
     return scenario
+
+
+def _check_against_library(root: Path, profile: ForeignProfile, scenario: ForeignScenario) -> None:
+    try:
+        check_foreign_scenario(scenario, read_foreign_library(root / profile.library_file), profile=profile.name)
+    except ForeignLibraryError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _is_for(conf: Path, profile: Profile | ForeignProfile, name: str) -> bool:
+    """Say whether a scenario's file asks for this profile: by its library, or by a target that the profile measures."""
+    library = library_of(conf, name)
+    if isinstance(profile, ForeignProfile):
+        return library == profile.name
+    return library is None and read_scenario(conf, name).target in profile.targets
 
 
 def write_scenario(
     root: Path, profile_name: str, name: str, text: str, *, overwrite: bool = False, where: str | None = None
-) -> tuple[Scenario, bool]:
+) -> tuple[Scenario | ForeignScenario, bool]:
     """Write a scenario's file and name it in the profile; say whether anything changed.
 
     Raises:
@@ -69,7 +102,7 @@ def write_scenario(
     return scenario, is_new or is_listed
 
 
-def add_scenario(root: Path, profile_name: str, file: Path) -> Scenario:
+def add_scenario(root: Path, profile_name: str, file: Path) -> Scenario | ForeignScenario:
     """Copy a scenario's file into conf/ and name it in the profile; a file of the same name is replaced.
 
     Raises:
@@ -86,7 +119,7 @@ def remove_scenario(root: Path, profile_name: str, name: str) -> Path | None:
     Raises:
         ConfigError: the profile doesn't name it.
     """
-    profile = read_profile(root / "conf", profile_name)
+    profile = read_any_profile(root / "conf", profile_name)
     if check_name(name) not in profile.scenarios:
         raise ConfigError(f"profile {profile_name} has no scenario {name!r}; it has: {', '.join(profile.scenarios) or 'none'}")
     path = root / "conf" / "scenarios" / f"{name}.yaml"
@@ -113,20 +146,20 @@ class Adoption:
 def adopt_scenarios(root: Path, profile_name: str) -> Adoption:
     """Make the profile's list follow the folder: what was dropped into conf/scenarios/ comes in, what was deleted goes.
 
-    A file comes in if no profile names it yet and its target is one that this profile measures. A file that isn't
+    A file comes in if no profile names it yet and it names this library, or a target that this profile measures. A file that isn't
     valid stays where it is, and is told of.
 
     Raises:
         ConfigError: a profile can't be read.
     """
     conf = root / "conf"
-    profile, named = read_profile(conf, profile_name), _named(root)
+    profile, named = read_any_profile(conf, profile_name), _named(root)
     added, problems = [], []
     for path in sorted((conf / "scenarios").glob("*.yaml")):
         if path.stem in named:
             continue
         try:
-            if read_scenario(conf, path.stem).target in profile.targets:
+            if _is_for(conf, profile, path.stem):
                 write_scenario(root, profile_name, path.stem, path.read_text())
                 added.append(path.stem)
         except ConfigError as error:

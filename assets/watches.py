@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from assets.foreign.plan import ForeignPlan
+from assets.foreign.watches import watch_foreign_frontier, watch_foreign_scenario, watch_library_file
 from assets.plan import Plan
 from puzzle_dag.architecture import LayerSpace, layer_index, variant_union
 from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus
@@ -207,8 +209,19 @@ CHECKS_READ: dict[tuple[str, str], tuple[str, ...]] = {
 """(asset, check) -> assets of the same partition that the check goes by and its asset doesn't: another floor is no other grade."""
 
 
-def watch(plan: Plan, workspace: Workspace, asset: str, partition: str | None) -> Any:
+FOREIGN_WATCHES: dict[str, Callable[[ForeignPlan, Workspace, str | None], Any]] = {
+    "library_file": watch_library_file,
+    "scenario_spec": watch_foreign_scenario,
+    "frontier": watch_foreign_frontier,
+}
+"""The same for a foreign library."""
+
+
+def watch(plan: Plan | ForeignPlan, workspace: Workspace, asset: str, partition: str | None) -> Any:
     """Return what an asset reads beside its upstream assets, or None where that is nothing. Raises ConfigError."""
+    if isinstance(plan, ForeignPlan):
+        look_foreign = FOREIGN_WATCHES.get(asset)
+        return None if look_foreign is None else look_foreign(plan, workspace, partition)
     look = WATCHES.get(asset)
     return None if look is None else look(plan, workspace, partition)
 
@@ -217,6 +230,7 @@ def watched_words(plan: Plan, asset: str, partition: str | None) -> str:
     """Return in words what changed where an asset's watch has another value than it had."""
     profile = f"conf/profiles/{plan.profile.name}.yaml"
     words = {
+        "library_file": f"the library's file or {profile} changed",
         "parent": f"the parent's files or {profile} changed",
         "corpus": f"the corpus, its files or Python's version changed ({profile})",
         "search_space": f"{profile} changed",

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,8 +90,8 @@ def _solve(args: argparse.Namespace) -> int:
     answer = solve_foreign_library(
         read_foreign_library(args.library),
         minimize=args.minimize,
-        at_most=dict(args.at_most),
-        at_least=dict(args.at_least),
+        at_most=_bounds("--at-most", args.at_most),
+        at_least=_bounds("--at-least", args.at_least),
         num_solutions=args.num_solutions,
         min_different_layers=args.min_different_layers,
     )
@@ -115,7 +116,23 @@ def _bound(text: str) -> tuple[str, float]:
     name, sign, value = text.partition("=")
     if not (name and sign):
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE, e.g. stats.memory_mib=70000")
-    return name, float(value)
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r}: {value!r} is no finite number, e.g. stats.memory_mib=70000")
+    return name, number
+
+
+def _bounds(option: str, bounds: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """Return the bounds by name. Raises ValueError where a number is bounded twice from the same side."""
+    found = dict(bounds)
+    if len(found) < len(bounds):
+        names = [name for name, _ in bounds]
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ValueError(f"{option} is there twice for {twice}; give it once")
+    return found
 
 
 def _not_negative(text: str) -> float:

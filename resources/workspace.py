@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from puzzle_dag.config import Profile, Scenario, Target, read_profile, read_scenario, read_target
+from puzzle_dag.config import ForeignProfile, Profile, Scenario, Target, read_foreign_profile, read_profile, read_scenario, read_target
 from puzzle_dag.store import Artifact, ArtifactStore, fingerprint
 from resources.device import lease
 from resources.parents import load_parent_once
@@ -110,6 +110,10 @@ class Workspace(dg.ConfigurableResource):  # type: ignore[type-arg]
     def read_profile(self) -> Profile:
         """Read the profile's file. Raises ConfigError."""
         return read_profile(self.conf, self.profile)
+
+    def read_foreign_profile(self) -> ForeignProfile:
+        """Read the profile's file where it is a foreign library's. Raises ConfigError."""
+        return read_foreign_profile(self.conf, self.profile)
 
     def read_target(self, name: str) -> Target:
         """Read a target's file. Raises ConfigError."""

@@ -3,10 +3,14 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
@@ -225,7 +229,50 @@ def test_solve_mistakes_end_in_one_line_and_status_2(capsys, library, arguments,
     assert message in capsys.readouterr().err
 
 
-def test_solve_refuses_a_bound_that_is_none(capsys, library):
+@pytest.mark.parametrize(
+    ("bound", "message"),
+    [
+        ("stats.memory_mib", "is not NAME=VALUE"),
+        ("stats.memory_mib=much", "'much' is no finite number"),
+        ("stats.memory_mib=inf", "'inf' is no finite number"),
+    ],
+)
+def test_solve_refuses_a_bound_that_is_none(capsys, library, bound, message):
     with pytest.raises(SystemExit):
-        cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div", "--at-most", "stats.memory_mib"])
-    assert "is not NAME=VALUE" in capsys.readouterr().err
+        cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div", "--at-most", bound])
+    assert message in capsys.readouterr().err
+
+
+def test_solve_refuses_a_bound_that_is_there_twice(capsys, library):
+    bounds = ["--at-most", "stats.memory_mib=1", "--at-most", "stats.memory_mib=2"]
+    assert cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div", *bounds]) == 2
+    assert "--at-most is there twice for stats.memory_mib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["json", "csv", "parquet"])
+def test_solve_writes_the_json_alone_to_standard_output(library, tmp_path, kind):
+    """In a process of its own, where nothing of the solver's or of the logging can hide."""
+    rows = [
+        (layer, v, f"{g}.{n}", x) for layer, vs in LIBRARY.items() for v, gs in vs.items() for g, ns in gs.items() for n, x in ns.items()
+    ]
+    file = Path(library).with_suffix(f".{kind}")
+    if kind == "csv":
+        file.write_text("\n".join(["layer,variant,metric,value", *(",".join(map(str, r)) for r in rows)]))
+    elif kind == "parquet":
+        table = {name: list(column) for name, column in zip(("layer", "variant", "metric", "value"), zip(*rows, strict=True), strict=True)}
+        parquet.write_table(pa.table({**table, "value": [float(v) for v in table["value"]]}), file)
+    bounds = [
+        "--at-most",
+        "stats.memory_mib=320",
+        "--at-least",
+        "stats.runtime_ms=6",
+        "--num-solutions",
+        "2",
+        "--min-different-layers",
+        "2",
+    ]
+    command = [sys.executable, "-m", "puzzle_dag.cli", "solve", "--library", str(file), "--minimize", "metrics.kl_div", *bounds, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CONF.parent)
+    answer = json.loads(done.stdout)
+    assert set(answer["solutions"][0]) == {"status", "objective", "bound", "gap", "seconds", "costs", "choices"}
+    assert answer["solutions"][0]["costs"]["stats.runtime_ms"] >= 6 and len(answer["solutions"]) == 2

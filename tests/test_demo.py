@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from assets import demo
-from assets.demo import describe_machine, read_commit
-from assets.reports import results_table, scenario_facts, stage_seconds, write_reports
+from assets.demo import describe_machine
+from assets.reports import read_commit, results_table, scenario_facts, stage_seconds, write_reports
 from puzzle_dag.children.divergence import Divergence, Estimate
 from puzzle_dag.children.retention import MeanRetention, Retention
 from puzzle_dag.children.serve import ServedModel, ServingReport, SpeedUp
@@ -183,7 +183,7 @@ def test_reports_are_written_once_and_again_only_when_something_changed(plan, wo
 
     index = write()
     page = index.read_text()
-    assert "1.47 x (1.40 to 1.54)" in page and "1 min 0 s" in page and page.count("<img") == 3
+    assert "1.47 x (1.40 to 1.54)" in page and "1 min 0 s" in page and page.count("<img") == 5
     assert "94.6 ± 0.7 %" in (index.parent / f"{NAME}.html").read_text()
     written = index.stat().st_mtime_ns
     assert write().stat().st_mtime_ns == written

@@ -10,7 +10,7 @@ import yaml
 from assets import __main__ as checkout
 from assets.plan import GROUPS, OPT_IN
 from puzzle_dag import cli
-from puzzle_dag.config import Profile, Scenario, Target
+from puzzle_dag.config import ForeignProfile, ForeignScenario, Profile, Scenario, Target
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,12 +19,14 @@ TEXT = {page.name: re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.DOTALL) 
 
 def yaml_blocks(kind: type) -> list[tuple[str, str]]:
     """Return (page, text) of the YAML blocks that are of one kind, told by a field that only it has."""
-    mark = {Profile: "parent:", Scenario: "constraints:", Target: "hardware:"}[kind]
+    mark = {Profile: "parent:", Scenario: "target:", Target: "hardware:", ForeignProfile: "library_file:", ForeignScenario: "library: "}[
+        kind
+    ]
     blocks = [(page, block) for page, text in TEXT.items() for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
     return [(page, block) for page, block in blocks if re.search(rf"^{mark}", block, re.MULTILINE)]
 
 
-@pytest.mark.parametrize("kind", [Profile, Scenario, Target])
+@pytest.mark.parametrize("kind", [Profile, Scenario, Target, ForeignProfile, ForeignScenario])
 def test_settings_that_are_shown_are_valid(kind):
     blocks = yaml_blocks(kind)
     assert blocks

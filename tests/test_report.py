@@ -186,7 +186,7 @@ def test_overview_page_adds_up_the_stages_and_links_the_scenarios():
         "tiny",
         results=Table(("scenario", "speed-up"), [("throughput-1.5x", "1.49")]),
         stages={"library": 61.0, "scores": 30.0},
-        points=[pictures.FrontierPoint("parent", 1, 1, "parent")],
+        frontiers=[Picture(pictures.frontier([pictures.FrontierPoint("parent", 1, 1, "parent")], x="x", y="y"), "quality against speed")],
         machine={"matmul": "100 GFLOP/s"},
         pages=[("throughput-1.5x", "throughput-1.5x.html")],
     )

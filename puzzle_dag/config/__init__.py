@@ -4,6 +4,15 @@ Each is one YAML file under conf/profiles/, conf/targets/ or conf/scenarios/; th
 Everything is validated before any compute is spent, and an error names the file, the field, the value and the fix.
 """
 
+from puzzle_dag.config.foreign import (
+    ForeignBound,
+    ForeignProfile,
+    ForeignScenario,
+    is_foreign,
+    library_of,
+    read_foreign_profile,
+    read_foreign_scenario,
+)
 from puzzle_dag.config.online import LoadCurveSettings, SpeculationSettings
 from puzzle_dag.config.profile import (
     AccuracySettings,
@@ -14,6 +23,7 @@ from puzzle_dag.config.profile import (
     TextCorpus,
     TokenBudgets,
     UptrainSettings,
+    read_any_profile,
     read_profile,
 )
 from puzzle_dag.config.reading import ConfigError, Name, Settings, check_name, read_settings
@@ -28,6 +38,9 @@ __all__ = [
     "BundledCorpus",
     "ConfigError",
     "ConstraintName",
+    "ForeignBound",
+    "ForeignProfile",
+    "ForeignScenario",
     "LayerOverride",
     "LibrarySettings",
     "LoadCurveSettings",
@@ -45,6 +58,11 @@ __all__ = [
     "UptrainBudget",
     "UptrainSettings",
     "check_name",
+    "is_foreign",
+    "library_of",
+    "read_any_profile",
+    "read_foreign_profile",
+    "read_foreign_scenario",
     "read_profile",
     "read_scenario",
     "read_settings",

@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from puzzle_dag.config.foreign import ForeignProfile, is_foreign, read_foreign_profile
 from puzzle_dag.config.online import LoadCurveSettings, SpeculationSettings
-from puzzle_dag.config.reading import Name, Settings, check_name, read_settings
+from puzzle_dag.config.reading import ConfigError, Name, Settings, check_name, read_settings
 from puzzle_dag.config.space import SearchSpaceSettings
 
 
@@ -162,6 +163,14 @@ class Profile(Settings):
     """Seed of everything that has no seed of its own."""
 
 
+def read_any_profile(conf: Path, name: str) -> Profile | ForeignProfile:
+    """Read conf/profiles/NAME.yaml, be it of a parent or of a foreign library. Raises ConfigError."""
+    return read_foreign_profile(conf, name) if is_foreign(conf, name) else read_profile(conf, name)
+
+
 def read_profile(conf: Path, name: str) -> Profile:
-    """Read conf/profiles/NAME.yaml. Raises ConfigError."""
-    return read_settings(Profile, conf / "profiles" / f"{check_name(name)}.yaml")
+    """Read conf/profiles/NAME.yaml. Raises ConfigError, also where it is a foreign library's."""
+    path = conf / "profiles" / f"{check_name(name)}.yaml"
+    if is_foreign(conf, name):
+        raise ConfigError(f"{path}: it has no `parent`, but a library that someone else measured; use a profile with a parent here")
+    return read_settings(Profile, path)

@@ -14,9 +14,22 @@ from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
 from puzzle_dag.architecture import Block
-from puzzle_dag.report.canvas import BLUE, GREEN, INK, LINES, MUTED, ORANGE, new_figure, set_labels, to_png
+from puzzle_dag.report.canvas import (
+    BLUE,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    line_look,
+    name_points,
+    new_figure,
+    set_labels,
+    to_png,
+)
 
 _MAX_ANNOTATED_CELLS = 200
+DISTILLATION_LOSSES = "cosine: 1 - cos, all layers; kl: nats a token"
+"""Names and units of what global distillation minimises, for the axis."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +80,8 @@ def architecture_map(
     rows_attention = sorted({*attentions, *(b.attention.name for b in parsed)}, key=_heaviness)
     rows_ffn = sorted({*ffns, *(b.ffn.name for b in parsed)}, key=_heaviness)
     labels = [*rows_attention, "", *rows_ffn]
+    own = {len(rows_attention) + 1 + rows_ffn.index(parent.ffn.name)} if parent and parent.ffn.name in rows_ffn else set()
+    own |= {rows_attention.index(parent.attention.name)} if parent and parent.attention.name in rows_attention else set()
     cell = min(0.42, 11 / max(1, len(blocks)))
     figure, (ax,) = new_figure(max(4.2, 1.6 + cell * len(blocks)), 1.1 + 0.24 * len(labels))
     for layer, block in enumerate(parsed):
@@ -78,7 +93,8 @@ def architecture_map(
             ax.add_patch(Rectangle((layer - 0.46, row - 0.42), 0.92, 0.84, color=colour, linewidth=0))
     ax.set_xlim(-0.6, len(blocks) - 0.4)
     ax.set_ylim(len(labels) - 0.4, -0.6)
-    ax.set_yticks([i for i, label in enumerate(labels) if label], [label for label in labels if label])
+    named = {i: f"{label} (parent)" if i in own else label for i, label in enumerate(labels) if label}
+    ax.set_yticks(list(named), list(named.values()))
     step = max(1, len(blocks) // 16)
     ax.set_xticks(range(0, len(blocks), step))
     ax.axhline(len(rows_attention), color=MUTED, linewidth=0.8)
@@ -100,7 +116,8 @@ def score_heat_map(scores: Sequence[Mapping[str, float]], *, title: str = "", la
     names = sorted({n for layer in scores for n in layer}, key=lambda n: tuple(map(_heaviness, n.split("/"))))
     grid = np.array([[layer.get(n, np.nan) for n in names] for layer in scores], dtype=float)
     shown = np.where(grid > 0, grid, np.nan)
-    figure, (ax,) = new_figure(max(5, 1.5 + 0.3 * len(names)), max(2.4, 1.5 + min(0.3, 7 / len(scores)) * len(scores)))
+    annotated = grid.size <= _MAX_ANNOTATED_CELLS
+    figure, (ax,) = new_figure(max(5, 1.5 + (0.36 if annotated else 0.22) * len(names)), 1.9 + min(0.3, 7 / len(scores)) * len(scores))
     ax.grid(False)
     if np.isfinite(shown).any():
         largest = float(np.nanmax(shown))
@@ -109,15 +126,15 @@ def score_heat_map(scores: Sequence[Mapping[str, float]], *, title: str = "", la
         bar = figure.colorbar(image, ax=ax, pad=0.01)
         bar.set_label(label, fontsize=8)
         bar.ax.tick_params(labelsize=7)
-        if grid.size <= _MAX_ANNOTATED_CELLS:
+        if annotated:
             for (i, j), value in np.ndenumerate(grid):
                 if np.isfinite(value):
                     dark = value > 0 and norm(value) > 0.6
-                    ax.text(j, i, _short(value), ha="center", va="center", fontsize=5.5, color="white" if dark else INK)
+                    ax.text(j, i, _short(value), ha="center", va="center", fontsize=6.5, color="white" if dark else INK)
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     step = max(1, len(scores) // 20)
     ax.set_yticks(range(0, len(scores), step))
-    set_labels(ax, title=title, y="layer")
+    set_labels(ax, title=title, x="block (attention / FFN); white: 0, or not in this layer", y="layer")
     return to_png(figure)
 
 
@@ -132,12 +149,12 @@ def cost_curves(
         title: written above.
         y: name and unit of the times.
     """
-    figure, axes = new_figure(8.4, 3.4, 2)
+    figure, axes = new_figure(9.6, 3.4, 2)
     for ax, place, seconds in zip(axes, ("attention", "FFN"), (attention_s, ffn_s), strict=True):
-        for colour, name in zip(LINES * 4, sorted(seconds, key=_heaviness), strict=False):
+        for i, name in enumerate(sorted(seconds, key=_heaviness)):
             points = [(batch, s) for batch, s in sorted(seconds[name].items()) if s > 0]
             if points:
-                ax.plot(*zip(*points, strict=True), marker="o", markersize=3.5, linewidth=1.6, color=colour, label=name)
+                ax.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=name, **line_look(i))
         batches = sorted({b for curve in seconds.values() for b in curve})
         ax.set_xscale("log")
         ax.set_yscale("log")
@@ -145,7 +162,7 @@ def cost_curves(
         ax.minorticks_off()
         set_labels(ax, title=f"{title}: {place}" if title else place, x="batch (requests)", y=y)
         if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7, frameon=False)
+            ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return to_png(figure)
 
 
@@ -168,7 +185,7 @@ def loss_bars(losses: Mapping[str, tuple[float, float]], *, title: str = "", x: 
         ax.set_xlim(min(positive) / 2, max(positive) * 1.5)
     ax.set_yticks(rows, names)
     ax.invert_yaxis()
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, borderaxespad=0.2)
     set_labels(ax, title=title, x=x)
     return to_png(figure)
 
@@ -182,15 +199,15 @@ def loss_curve(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: st
         x: name and unit of the position.
         y: name and unit of the loss.
     """
-    figure, (ax,) = new_figure(6.4, 3.2)
-    for colour, (name, points) in zip(LINES * 4, curves.items(), strict=False):
+    figure, (ax,) = new_figure(7.2, 3.2)
+    for i, (name, points) in enumerate(curves.items()):
         if points:
-            marker = "o" if len(points) < 12 else ""
-            ax.plot(*zip(*points, strict=True), color=colour, linewidth=1.6, label=name, marker=marker, markersize=3)
+            every = max(1, len(points) // 8)
+            ax.plot(*zip(*points, strict=True), linewidth=1.4, label=name, markersize=3.5, markevery=(i % every, every), **line_look(i))
     if all(v > 0 for points in curves.values() for _, v in points) and any(curves.values()):
         ax.set_yscale("log")
-    if len(curves) > 1:
-        ax.legend(fontsize=7, frameon=False)
+    if len(ax.get_lines()) > 1:
+        ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     set_labels(ax, title=title, x=x, y=y)
     return to_png(figure)
 
@@ -208,8 +225,13 @@ def retention_bars(retention: Mapping[str, tuple[float, float]], *, floor: float
     values = [retention[n][0] for n in names]
     colours = [ORANGE if floor is not None and v < floor else BLUE for v in values]
     ax.barh(range(len(names)), values, xerr=[retention[n][1] for n in names], color=colours, height=0.66, error_kw={"ecolor": INK, "lw": 1})
+    ax.set_xlim(min([0.0, *(v - e for v, e in retention.values())]) * 1.05, max([1.0, *(v + e for v, e in retention.values())]) * 1.02)
     for row, name in enumerate(names):
-        ax.text(0.01, row, f"{retention[name][0]:.1%} ± {retention[name][1]:.1%}", va="center", fontsize=7, color="white")
+        value, error = retention[name]
+        below = " (below the floor)" if floor is not None and value < floor else ""
+        # On the bar where it is long enough to be read on, else right of bar and error.
+        at, colour = (0.01, "white") if value - error > 0.45 else (max(value + error, 0.0) + 0.01, INK)
+        ax.text(at, row, f"{100 * value:.1f} ± {100 * error:.1f} %{below}", va="center", fontsize=7, color=colour)
     ax.axvline(1, color=MUTED, linewidth=1)
     if floor is not None:
         ax.axvline(floor, color=ORANGE, linewidth=1, linestyle="--")
@@ -235,8 +257,9 @@ def frontier(points: Sequence[FrontierPoint], *, x: str, y: str, title: str = ""
     _draw_models(ax, [p for p in points if p.kind == "child"], BLUE, "o", "children (measured)")
     _draw_models(ax, [p for p in points if p.kind == "parent"], INK, "*", "parent")
     ax.margins(0.14)
-    ax.legend(fontsize=7, frameon=False)
+    ax.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
     set_labels(ax, title=title, x=x, y=y)
+    name_points(ax, [(p.name, p.x, p.y) for p in points if p.kind != "solution"])
     return to_png(figure)
 
 
@@ -255,7 +278,3 @@ def _draw_models(ax: Axes, points: Sequence[FrontierPoint], colour: str, marker:
         elinewidth=1,
         label=label,
     )
-    for p in points:
-        ax.annotate(p.name, (p.x, p.y), xytext=(6, 6), textcoords="offset points", fontsize=7.5, color=INK)
-
-

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from puzzle_dag.report.html import Picture, Section, Table, render_page
-from puzzle_dag.report.pictures import FrontierPoint, architecture_map, frontier, loss_curve, retention_bars
+from puzzle_dag.report.pictures import DISTILLATION_LOSSES, architecture_map, loss_curve, retention_bars
 from puzzle_dag.report.tables import format_percent, format_quantity, format_seconds
 
 
@@ -147,7 +147,7 @@ def _quality(facts: ScenarioFacts) -> Section:
         png = retention_bars({t.task: (t.retention, t.stderr) for t in facts.tasks}, floor=facts.retention_floor)
         pictures.append(Picture(png, "share of the parent's accuracy that the child keeps"))
     if any(facts.uptrain_curves.values()):
-        pictures.append(Picture(loss_curve(facts.uptrain_curves), "losses of the global distillation"))
+        pictures.append(Picture(loss_curve(facts.uptrain_curves, y=DISTILLATION_LOSSES), "losses of the global distillation"))
     return Section("Quality", tables=tables, pictures=pictures)
 
 
@@ -156,9 +156,8 @@ def render_overview(
     *,
     results: Table,
     stages: Mapping[str, float],
-    points: Sequence[FrontierPoint],
     machine: Mapping[str, str],
-    axes: tuple[str, str] = ("throughput (parent = 1)", "retention, corrected for chance"),
+    frontiers: Sequence[Picture] = (),
     pictures: Sequence[Picture] = (),
     pages: Sequence[tuple[str, str]] = (),
     footer: str = "",
@@ -169,17 +168,15 @@ def render_overview(
         profile: name of the profile.
         results: the table of results, a row a scenario.
         stages: stage -> seconds.
-        points: models on the frontier picture.
         machine: what it ran on: name -> value.
-        axes: names of the frontier picture's axes.
+        frontiers: pictures of quality against speed, memory and latency.
         pictures: further pictures, such as the score heat map.
         pages: (scenario, relative address of its page).
         footer: one line at the end.
     """
     sections = [Section("Results", tables=[results], links=pages)]
-    if points:
-        png = frontier(points, x=axes[0], y=axes[1])
-        sections.append(Section("Quality against speed", pictures=[Picture(png, "the parent and its children")]))
+    if frontiers:
+        sections.append(Section("The frontier: the parent and its children", pictures=frontiers))
     if pictures:
         sections.append(Section("What the library and the costs look like", pictures=pictures))
     total = ("all", format_seconds(sum(stages.values())))

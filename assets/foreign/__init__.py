@@ -1,0 +1,1 @@
+"""Assets of a foreign library: a profile without a parent, whose blocks someone else measured."""

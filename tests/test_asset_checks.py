@@ -1,0 +1,236 @@
+"""Every asset check passes on what was made and fails on what is wrong: each is spoilt once, on a real refresh of the micro profile."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from micro_project import Project, make_project
+from safetensors.torch import load_file, save_file
+from ticking_engine import TickingEngine
+
+from assets.children import CHECKPOINT
+from assets.definitions import build_definitions
+from assets.plan import make_plan
+from puzzle_dag.costs.monotone import find_drops
+from puzzle_dag.costs.table import CostRow, CostTable
+
+SCENARIO, TARGET, LAYER = "micro-small", "micro-eager", "L00"
+
+
+@pytest.fixture(scope="module")
+def project(micro_parent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    with pytest.MonkeyPatch.context() as patch:
+        TickingEngine().install(patch)
+        made = make_project(tmp_path_factory.mktemp("checks"), micro_parent_folder)
+        made.edit(made.profile_file, scenarios=[SCENARIO])
+        record = made.refresh()
+        assert record.ok, [(str(o.item), o.reasons) for o in (*record.of("failed"), *record.of("waits"))]
+        yield made
+
+
+def evaluate(project: Project, asset: str, check: str, partition: str) -> bool:
+    """Run one check on its own, as the UI's button does."""
+    definitions = build_definitions(make_plan(project.root, project.profile))
+    key = dg.AssetCheckKey(dg.AssetKey([project.profile, asset]), check)
+    job = definitions.resolve_implicit_global_asset_job_def().get_subset(asset_selection=set(), asset_check_selection={key})
+    with project.instance() as instance:
+        # By tag: `partition_key` asks for the partitions of the assets that are selected, and there are none beside the check.
+        result = job.execute_in_process(instance=instance, tags={"dagster/partition": partition}, raise_on_error=False)
+    (evaluation,) = result.get_asset_check_evaluations()
+    return bool(evaluation.passed)
+
+
+@contextmanager
+def spoilt(path: Path) -> Iterator[None]:
+    """Put a file back as it was, whatever is done to it meanwhile."""
+    before = path.read_bytes()
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
+
+
+def edit_record(project: Project, asset: str, partition: str, change: Callable[[dict[str, Any]], None]) -> Path:
+    path = project.workspace.shelf.path(asset, partition)
+    content = json.loads(path.read_text())
+    change(content["value"])
+    path.write_text(json.dumps(content))
+    return path
+
+
+def lose_a_variant(value: dict[str, Any]) -> None:
+    del value["pieces"]["artifacts"]["ffn/w64"]
+
+
+def lose_finiteness(value: dict[str, Any]) -> None:
+    value["reports"][0]["loss_trained"] = float("inf")
+
+
+def score_the_parent(value: dict[str, Any]) -> None:
+    next(s for s in value["scores"] if s["block"] == "kv4/w128")["kl"] = 1e-3
+
+
+def score_infinity(value: dict[str, Any]) -> None:
+    next(s for s in value["scores"] if s["block"] == "noop/noop")["kl"] = float("inf")
+
+
+def choose_the_parent(value: dict[str, Any]) -> None:
+    for choice in value["solution"]["choices"]:
+        choice["block"] = "kv4/w128"
+
+
+def choose_what_is_not_scored(value: dict[str, Any]) -> None:
+    value["solution"]["choices"][0]["digest"] = "0" * 64
+
+
+def foretell_twice_the_speed(value: dict[str, Any]) -> None:
+    for found in value["report"]["speedups"]:
+        found["predicted"] *= 2
+
+
+def foretell_nothing(value: dict[str, Any]) -> None:
+    for found in value["report"]["speedups"]:
+        found["predicted"] = None
+
+
+@pytest.mark.parametrize(
+    ("asset", "check", "partition", "change"),
+    [
+        ("block_library", "complete", LAYER, lose_a_variant),
+        ("block_library", "complete", LAYER, lose_finiteness),
+        ("block_scores", "sound", LAYER, score_the_parent),
+        ("block_scores", "sound", LAYER, score_infinity),
+        ("solution", "feasible", SCENARIO, choose_the_parent),
+        ("solution", "feasible", SCENARIO, choose_what_is_not_scored),
+        ("serving", "as_predicted", SCENARIO, foretell_twice_the_speed),
+        ("serving", "as_predicted", SCENARIO, foretell_nothing),
+    ],
+)
+def test_a_check_fails_on_what_is_wrong(project: Project, asset: str, check: str, partition: str, change: Callable[[Any], None]) -> None:
+    assert evaluate(project, asset, check, partition)
+    with spoilt(project.workspace.shelf.path(asset, partition)):
+        edit_record(project, asset, partition, change)
+        assert not evaluate(project, asset, check, partition)
+
+
+def test_retention_is_held_against_the_floor(project: Project) -> None:
+    floor = project.workspace.read_scenario(SCENARIO).retention_floor
+    verdicts = []
+    with spoilt(project.workspace.shelf.path("accuracy", SCENARIO)):
+        for retained in (floor + 1e-6, floor - 1e-6, None):
+            edit_record(project, "accuracy", SCENARIO, lambda value, r=retained: value["mean"].update(value=r, stderr=0.01))
+            verdicts.append(evaluate(project, "accuracy", "retention", SCENARIO))
+    assert verdicts == [True, False, False]
+
+
+def test_the_checkpoint_must_give_the_assembled_childs_logits(project: Project) -> None:
+    assert evaluate(project, "child", "as_assembled", SCENARIO)
+    folder = project.workspace.store.folder("child", project.workspace.shelf.value("child", SCENARIO)["key"]) / CHECKPOINT
+    (file,) = folder.glob("*.safetensors")
+    with spoilt(file):
+        tensors = load_file(file)
+        tensors["model.embed_tokens.weight"] *= 1.01
+        save_file(tensors, file, metadata={"format": "pt"})
+        assert not evaluate(project, "child", "as_assembled", SCENARIO)
+
+
+def test_costs_that_fall_with_the_batch_fail(project: Project) -> None:
+    assert evaluate(project, "block_costs", "monotone", TARGET)
+    path = project.workspace.tables / "costs" / f"{TARGET}.parquet"
+    costs = CostTable.read(path)
+    largest = max(costs.batch_sizes)
+    with spoilt(path):
+        rows = [replace(r, seconds=r.seconds / 2) if r.batch == largest and r.variant == "w128" else r for r in costs.rows]
+        replace(costs, rows=tuple(rows)).write(path)
+        assert not evaluate(project, "block_costs", "monotone", TARGET)
+
+
+PICTURES = {
+    ("block_library", LAYER): {"picture", "training"},
+    ("block_scores", LAYER): {"picture"},
+    ("score_table", None): {"picture"},
+    ("block_costs", TARGET): {"picture"},
+    ("solution", SCENARIO): {"picture"},
+    ("child", SCENARIO): {"picture"},
+    ("uptrained_child", SCENARIO): {"picture"},
+    ("frontier", None): {"quality_against_speed", "quality_against_memory", "quality_against_latency"},
+}
+
+
+@pytest.mark.parametrize(("item", "names"), PICTURES.items(), ids=lambda x: x[0] if isinstance(x, tuple) else None)
+def test_a_person_can_look_where_looking_is_easier(project: Project, item: tuple[str, str | None], names: set[str]) -> None:
+    asset, partition = item
+    key = dg.AssetKey([project.profile, asset])
+    with project.instance() as instance:
+        found = instance.fetch_materializations(dg.AssetRecordsFilter(asset_key=key, asset_partitions=partition and [partition]), limit=1)
+    metadata = found.records[0].asset_materialization.metadata
+    for name in names:
+        assert metadata[name].value.startswith("![") and len(metadata[name].value) < 80_000, name
+
+
+def test_every_page_is_linked_and_there(project: Project) -> None:
+    folder = project.workspace.var / "reports"
+    with project.instance() as instance:
+        links = {
+            asset: instance.get_latest_materialization_event(dg.AssetKey([project.profile, asset]))
+            .asset_materialization.metadata["page"]
+            .value
+            for asset in ("scenario_spec", "child", "uptrained_child", "frontier")
+        }
+    assert {asset: link.rpartition("/")[2] for asset, link in links.items()} == {
+        **dict.fromkeys(("scenario_spec", "child", "uptrained_child"), f"{SCENARIO}.html"),
+        "frontier": "index.html",
+    }
+    page = (folder / f"{SCENARIO}.html").read_text()
+    assert page.count("data:image/png;base64,") >= 2 and "<script" not in page
+    assert f'href="{SCENARIO}.html"' in (folder / "index.html").read_text()
+    (folder / f"{SCENARIO}.html").unlink()
+    assert project.refresh().ran == ["frontier"] and (folder / f"{SCENARIO}.html").read_text() == page
+
+
+def row(batch: int, seconds: float, *, error: float = 0.0, noise: float = 0.0) -> CostRow:
+    return CostRow(
+        target="t",
+        hardware="h",
+        num_threads=1,
+        engine_version="e",
+        mode="eager",
+        dtype="float32",
+        quantization="none",
+        input_length=1,
+        output_length=1,
+        batch=batch,
+        phase="prefill",
+        place="ffn",
+        variant="w128",
+        seconds=seconds,
+        seconds_error=error,
+        repeat_noise=noise,
+        parameters=1,
+        weight_bytes=1,
+        kv_bytes_per_token=0,
+        source="measured",
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_drops"),
+    [
+        ([row(1, 1.0), row(2, 1.0), row(4, 2.0)], 0),
+        ([row(4, 2.0), row(1, 1.0), row(2, 0.9)], 1),
+        ([row(1, 1.0, error=0.03), row(2, 0.9, error=0.03)], 0),  # 3 x 0.042 explains it
+        ([row(1, 1.0, error=0.02), row(2, 0.9, error=0.02)], 1),
+        ([row(1, 1.0, noise=0.12), row(2, 0.9)], 0),
+        ([row(1, 1.0), row(2, 0.9995)], 0),  # rounding
+        ([row(1, 1.0)], 0),
+    ],
+)
+def test_a_drop_counts_beyond_the_noise(rows: list[CostRow], num_drops: int) -> None:
+    drops = find_drops(rows)
+    assert len(drops) == num_drops
+    assert all(d.batch < d.next_batch and d.seconds - d.next_seconds > d.noise_s for d in drops)

@@ -69,14 +69,14 @@ def _scores_are_sound(plan: Plan) -> Body:
 def _solution_is_feasible(plan: Plan) -> Body:
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
         """Add the costs up again, from the table and not from the solver, and hold them against every limit."""
-        from puzzle_dag.search.limits import scenario_limits
+        from puzzle_dag.search.points import scenario_limits
         from puzzle_dag.search.solution import Solution
 
         scenario = workspace.scenario_of(workspace.shelf.value("scenario_spec", context.partition_key))
         solution = Solution.from_json(workspace.shelf.value("solution", context.partition_key)["solution"])
-        costs, parent = read_costs(plan, workspace, scenario.target), (parent_block(plan),) * plan.shape.num_hidden_layers
+        costs, parent = read_costs(plan, workspace, *scenario.targets), (parent_block(plan),) * plan.shape.num_hidden_layers
         broken, rows = [], []
-        for limit in scenario_limits(scenario, costs, solution.batch, parent):
+        for limit in scenario_limits(scenario, costs, solution.batch_sizes, parent):
             value = limit.measure.of(solution.architecture)
             rows.append(
                 {
@@ -92,6 +92,7 @@ def _solution_is_feasible(plan: Plan) -> Body:
             ):
                 broken.append(limit.name)
         scores = {(s.layer, s.block): s for layer in read_scores(workspace) for s in layer}
+        broken += [budget.score for budget in solution.budgets if budget.value > budget.at_most]
         strange = [c.block for c in solution.choices if (c.layer, c.block) not in scores or scores[c.layer, c.block].digest != c.digest]
         return _result(
             not broken and not strange, broken=", ".join(broken) or "none", unknown=", ".join(strange) or "none", limits=table(rows)

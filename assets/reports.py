@@ -9,6 +9,7 @@ from assets.children import loss_lines
 from assets.costs import parent_block
 from assets.facts import frontier_points, ratio_points, read_chain, result_row
 from assets.plan import GROUPS, Plan
+from puzzle_dag.config import Scenario
 from puzzle_dag.costs.comparison import Comparison
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.report.costs import cost_panels, residual_plot
@@ -25,28 +26,24 @@ _RETENTION = "retention, corrected for chance"
 _CAPTION = "predicted by the cost table | measured on the engine, parent and child in turns, with the 95 % confidence interval"
 
 
-def _constraints(solution: Mapping[str, Any], spec: Mapping[str, Any]) -> list[ConstraintFact]:
+def _constraints(solution: Mapping[str, Any], scenario: Scenario) -> list[ConstraintFact]:
     facts = []
-    for limit in solution["limits"]:
-        bound = spec["constraints"][limit["name"]]
+    for limit, (name, bound) in zip(solution["limits"], scenario.bounds, strict=True):
         side = "at_least" if limit["at_least"] is not None else "at_most"
-        wanted = f"{bound[side]:g} x the parent's" if bound["relative_to"] else format_quantity(limit["name"], bound[side])
-        where = f", batch {limit['batch']}" + (f", {limit['length']} tokens" if limit["length"] else "")
+        plain = bound.relative_to is None and bound.equals is None
+        words = f"{side.replace('_', ' ')} {format_quantity(name, getattr(bound, side))}" if plain else bound.words
+        elsewhere = f" on {limit['target']}" if limit["target"] != scenario.target else ""
+        where = f"{elsewhere}, batch {limit['batch']}" + (f", {limit['length']} tokens" if limit["length"] else "")
         facts.append(
-            ConstraintFact(
-                name=limit["name"],
-                bound=f"{side.replace('_', ' ')} {wanted}{where}",
-                limit=limit[side],
-                parent=limit["parent_value"],
-                predicted=limit["value"],
-            )
+            ConstraintFact(name=name, bound=f"{words}{where}", limit=limit[side], parent=limit["parent_value"], predicted=limit["value"])
         )
     return facts
 
 
 def _memory(parent: Mapping[str, Any], child: Mapping[str, Any], solution: Mapping[str, Any], lengths: int) -> ServedFact:
     """Return weights and KV cache at the point of the scenario's memory constraint, else at the batch and lengths that are served."""
-    point = next((x for x in solution["limits"] if x["name"] == "memory_bytes"), None)
+    here = (x for x in solution["limits"] if (x["name"], x["target"]) == ("memory_bytes", solution["target"]))
+    point = next(here, None)
     batch, length = (point["batch"], point["length"]) if point else (solution["batch"], lengths)
     predicted = point["value"] if point else solution["predicted"]["memory_bytes"]
     own, theirs = (float(m["weight_bytes"] + batch * length * m["kv_bytes_per_token"]) for m in (child, parent))
@@ -107,9 +104,13 @@ def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts
         profile=plan.profile.name,
         target=solution["target"],
         description=spec.get("description", ""),
-        constraints=_constraints(solution, spec),
-        solver={k: solution[k] for k in ("status", "objective", "bound", "gap", "batch", "seconds")}
-        | {"costs": solution["notes"].get("costs", "measured")},
+        constraints=_constraints(solution, workspace.scenario_of(dict(spec))),
+        # An optimised quantity's bound and gap are in the notes.
+        solver={
+            **{k: solution[k] for k in ("status", "objective", "bound", "gap", "batch", "seconds")},
+            "costs": "measured",
+            **solution["notes"],
+        },
         blocks=[c["block"] for c in solution["choices"]],
         parent_block=parent_block(plan).name,
         attentions=variants["attention"],

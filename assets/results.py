@@ -11,7 +11,7 @@ from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
 from resources.workspace import Workspace
 
-_TABLES = ("library", "scores", "costs", "predictions", "solutions", "accuracy", "serving", "parent_serving")
+_TABLES = ("library", "scores", "costs", "predictions", "solutions", "solution_pools", "accuracy", "serving", "parent_serving")
 _SHOWN = (
     "scenario",
     "batch",

@@ -1,6 +1,6 @@
 """The search: for each scenario the architecture that costs least quality and meets every constraint."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -15,6 +15,7 @@ from resources.workspace import Workspace
 if TYPE_CHECKING:
     from puzzle_dag.config import Scenario
     from puzzle_dag.piece_costs import PieceCosts
+    from puzzle_dag.search.infeasible import InfeasibleScenarioError
     from puzzle_dag.search.score import BlockScore
     from puzzle_dag.search.solution import Solution
 
@@ -23,23 +24,34 @@ class CostsMissingError(ValueError):
     """A scenario's target has no costs that are of today."""
 
 
+class InfeasibleFailure(dg.Failure, ValueError):
+    """No architecture meets a scenario; the UI shows what conflicts and the nearest that can be met. A ValueError: never retried."""
+
+
 def read_scores(workspace: Workspace) -> list[list["BlockScore"]]:
-    """Return the score table, a list a layer."""
-    from puzzle_dag.search.score import BlockScore
+    """Return the score table, a list a layer; columns beside the losses are scores on lm-eval tasks."""
+    from puzzle_dag.search.task_scores import score_of_row
 
     layers: dict[int, list[BlockScore]] = {}
     for row in read_rows(workspace.tables / "score_table.parquet"):
-        layers.setdefault(row["layer"], []).append(BlockScore(**row))
+        layers.setdefault(row["layer"], []).append(score_of_row(row))
     return [layers[i] for i in sorted(layers)]
 
 
-def read_costs(plan: Plan, workspace: Workspace, target: str) -> dict[str, "PieceCosts"]:
-    """Return the costs of all targets that are up to date, as the search sees them. Raises CostsMissingError."""
+def read_costs(plan: Plan, workspace: Workspace, *targets: str) -> dict[str, "PieceCosts"]:
+    """Return the costs of all targets that are up to date, as the search sees them.
+
+    Raises CostsMissingError where one of `targets` is not among them, with the way to get them.
+    """
     from puzzle_dag.costs.table import CostTable
 
     names = workspace.shelf.value("cost_table")["targets"]
-    if target not in names:
-        raise CostsMissingError(f"target {target} has no costs of today; see why block_costs[{target}] failed, then refresh")
+    for target in targets:
+        if target not in names:
+            how = f"`python -m assets refresh --profile {plan.profile.name}`"
+            raise CostsMissingError(
+                f"target {target} has no costs of today; {how} measures it (block_costs[{target}]), or says why it can't"
+            )
     return {n: CostTable.read(workspace.tables / "costs" / f"{n}.parquet").to_piece_costs(plan.shape) for n in names}
 
 
@@ -48,7 +60,7 @@ def check_source(workspace: Workspace, scenario: "Scenario", costs: "PieceCosts"
     from puzzle_dag.costs.obtain import explain_unmeasured
 
     if costs.source == "analytic" and scenario.costs != "analytic":
-        target = workspace.target_of(workspace.shelf.value("target_spec", scenario.target))
+        target = workspace.target_of(workspace.shelf.value("target_spec", costs.target))
         raise CostsMissingError(f"scenario {scenario.name}: {explain_unmeasured(target)}")
 
 
@@ -67,10 +79,57 @@ def solution_row(solution: "Solution") -> dict[str, Any]:
     }
 
 
-def _metadata(plan: Plan, workspace: Workspace, solution: "Solution") -> dict[str, Any]:
+def pool_rows(solutions: "list[Solution]") -> list[dict[str, Any]]:
+    """Return a pool as rows, the best first, with the layers in which each differs from the best."""
+    best = solutions[0].architecture
+    return [
+        {"rank": rank, "num_different_layers": sum(a != b for a, b in zip(found.architecture, best, strict=True)), **solution_row(found)}
+        for rank, found in enumerate(solutions, start=1)
+    ]
+
+
+def _limit_rows(solution: "Solution") -> list[dict[str, Any]]:
+    rows = [
+        {
+            "constraint": x.name,
+            "target": x.target,
+            "batch": x.batch,
+            "at_least": x.at_least,
+            "at_most": x.at_most,
+            "predicted": x.value,
+            "parent": x.parent_value,
+        }
+        for x in solution.limits
+    ]
+    quality = [{"constraint": b.score, "at_most": b.at_most, "predicted": b.value, "parent": 0.0} for b in solution.budgets]
+    return [*rows, *({name: row.get(name) for name in (rows or quality)[0]} for row in quality)]
+
+
+def _loosened_rows(solution: "Solution") -> list[dict[str, Any]]:
+    unit = str(solution.notes.get("optimised", solution.minimized))
+    return [
+        {
+            "constraint": x.constraint,
+            "side": x.side,
+            "bound": x.bound,
+            "loosened by": x.change,
+            "binds": "yes" if x.is_binding else "no",
+            f"buys, {unit}": x.gain,
+            f"{unit} then": x.value,
+        }
+        for x in solution.loosened
+    ]
+
+
+def _pool_table(solutions: "list[Solution]") -> list[dict[str, Any]]:
+    shown = ("rank", "objective", "batch", "num_different_layers", "predicted_throughput_tokens_per_s", "predicted_memory_bytes", "blocks")
+    return [{k: row[k] for k in shown} for row in pool_rows(solutions)]
+
+
+def _metadata(plan: Plan, workspace: Workspace, solutions: "list[Solution]") -> dict[str, Any]:
     from puzzle_dag.report.pictures import architecture_map
 
-    variants = workspace.shelf.value("cost_variants")
+    variants, solution = workspace.shelf.value("cost_variants"), solutions[0]
     drawn = architecture_map(
         [c.block for c in solution.choices],
         attentions=variants["attention"],
@@ -78,22 +137,32 @@ def _metadata(plan: Plan, workspace: Workspace, solution: "Solution") -> dict[st
         parent_block=parent_block(plan).name,
         title=solution.scenario,
     )
+    proven = {"bound": solution.notes.get("bound", solution.bound), "gap": solution.notes.get("gap", solution.gap)}
+    optimised = {str(solution.notes["optimised"]): solution.notes["value"]} if "optimised" in solution.notes else {}
+    batches = [{**asdict(b), "batch_elsewhere": ", ".join(f"{t} {n}" for t, n in b.batch_elsewhere.items())} for b in solution.batches]
     return {
         "status": solution.status,
         "costs": solution.notes["costs"],
+        **optimised,
+        "minimized": solution.minimized,
         "objective": solution.objective,
-        "bound": solution.bound,
-        "gap": solution.gap,
+        **{k: "not proven" if v is None else v for k, v in proven.items()},
+        "solve_seconds": solution.seconds,
         "batch": solution.batch,
-        "constraints": table(
-            [
-                {"constraint": x.name, "at_least": x.at_least, "at_most": x.at_most, "predicted": x.value, "parent": x.parent_value}
-                for x in solution.limits
-            ]
-        ),
+        **{f"batch on {target}": batch for target, batch in solution.batch_elsewhere.items()},
+        "constraints": table(_limit_rows(solution)),
+        "what loosening buys": table(_loosened_rows(solution)),
+        "programs": table(batches),
+        "pool": table(_pool_table(solutions)),
         "architecture": table([{"layer": c.layer, "block": c.block, "score": c.score} for c in solution.choices]),
         "picture": picture(drawn, "the architecture"),
     }
+
+
+def _failure(error: "InfeasibleScenarioError") -> InfeasibleFailure:
+    return InfeasibleFailure(
+        str(error), {"conflicting": ", ".join(error.conflicting), "nearest": table(list(error.rows))}, allow_retries=False
+    )
 
 
 def search_assets(plan: Plan) -> list[dg.AssetsDefinition]:
@@ -103,28 +172,38 @@ def search_assets(plan: Plan) -> list[dg.AssetsDefinition]:
         **plan.options(
             "solution",
             deps=["scenario_spec", "score_table", "cost_table"],
-            stages=["puzzle_dag.search.solve"],
+            stages=["puzzle_dag.search.answer"],
             partitions=plan.partitions.scenarios,
             kinds=("highs",),
-            description="The chosen block of every layer, proven by HiGHS; the same choice again rebuilds nothing.",
+            description="The chosen block of every layer, proven by HiGHS, and what each constraint costs in quality.",
         )
     )
     def solution(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        from puzzle_dag.search.solve import solve_scenario
+        from puzzle_dag.config import split_earlier
+        from puzzle_dag.search.answer import answer_scenario
+        from puzzle_dag.search.infeasible import InfeasibleScenarioError
 
         time, spec = Stopwatch(), workspace.shelf.value("scenario_spec", context.partition_key)
-        scenario = workspace.scenario_of(spec)
-        costs = read_costs(plan, workspace, scenario.target)
-        check_source(workspace, scenario, costs[scenario.target])
-        found = solve_scenario(read_scores(workspace), costs, scenario, parent_block(plan))
-        found = replace(found, notes={**found.notes, "costs": costs[scenario.target].source})
+        scenario, earlier = split_earlier(spec)
+        costs = read_costs(plan, workspace, *(target for asked in (scenario, *earlier.values()) for target in asked.targets))
+        for target in scenario.targets:
+            check_source(workspace, scenario, costs[target])
+        try:
+            found = answer_scenario(read_scores(workspace), costs, scenario, parent_block(plan), earlier=earlier)
+        except InfeasibleScenarioError as error:
+            raise _failure(error) from error
+        source = "analytic" if any(costs[target].source == "analytic" for target in scenario.targets) else "measured"
+        found, name = [replace(s, notes={**s.notes, "costs": source}) for s in found], context.partition_key
         return materialised(
             context,
             plan,
             workspace,
-            {"scenario_spec": fingerprint(spec), "solution": found.to_json()},
-            data_version=found.digest,
-            files=[write_rows(workspace.tables / "solutions" / f"{context.partition_key}.parquet", [solution_row(found)])],
+            {"scenario_spec": fingerprint(spec), "solution": found[0].to_json(), "pool": [s.to_json() for s in found[1:]]},
+            data_version=found[0].digest,
+            files=[
+                write_rows(workspace.tables / "solutions" / f"{name}.parquet", [solution_row(found[0])]),
+                write_rows(workspace.tables / "solution_pools" / f"{name}.parquet", pool_rows(found)),
+            ],
             metadata=_metadata(plan, workspace, found),
             time=time,
         )

@@ -56,11 +56,6 @@ def _value(name: str, model: Mapping[str, Any], bound: Bound, target: Target) ->
     return values.get(name)
 
 
-def _words(bound: Bound) -> str:
-    sides = [f"at least {bound.at_least:g}" if bound.at_least else "", f"at most {bound.at_most:g}" if bound.at_most else ""]
-    return " and ".join(s for s in sides if s) + (" x the parent's" if bound.relative_to else "")
-
-
 def _half_width(models: list[Mapping[str, Any]]) -> float:
     """Return the relative half width of the 95 % interval of a product of measurements, from the engines' noise.
 
@@ -114,8 +109,8 @@ def _absolute(
 
 
 def _judge(bound: Bound, low: float, high: float) -> Verdict:
-    least = -math.inf if bound.at_least is None else bound.at_least * (1 - TOLERANCE)
-    most = math.inf if bound.at_most is None else bound.at_most * (1 + TOLERANCE)
+    least = -math.inf if bound.lowest is None else bound.lowest * (1 - TOLERANCE)
+    most = math.inf if bound.highest is None else bound.highest * (1 + TOLERANCE)
     if high < least or low > most:
         return "missed"
     return "met" if low >= least and high <= most else "unclear"
@@ -132,11 +127,13 @@ def measured_constraints(scenario: Scenario, target: Target, report: Mapping[str
         batch: the batch size that the solution keeps.
     """
     children, rows = _models(report, child), []
-    for name, bound in scenario.constraints.items():
+    for name, bound in scenario.bounds:
+        if bound.target not in (None, scenario.target):
+            continue  # the child is served on its scenario's own target
         at = bound.at.batch if bound.at and bound.at.batch in children else batch
         measured = (_relative if bound.relative_to else _absolute)(name, bound, target, report, child, at)
         if measured is not None:
-            rows.append(MeasuredConstraint(name, at, _words(bound), *measured, _judge(bound, measured[1], measured[2])))
+            rows.append(MeasuredConstraint(name, at, bound.words, *measured, _judge(bound, measured[1], measured[2])))
     return rows
 
 

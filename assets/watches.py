@@ -20,7 +20,7 @@ from assets.foreign.plan import ForeignPlan
 from assets.foreign.watches import watch_foreign_frontier, watch_foreign_scenario, watch_library_file
 from assets.plan import Plan
 from puzzle_dag.architecture import LayerSpace, layer_index, variant_union
-from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus
+from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, read_earlier, scenario_file, with_earlier
 from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE, digest_chat_template
 from puzzle_dag.preflight import check_scenario, resolve_spaces
 from puzzle_dag.store import digest_file, fingerprint, write_atomically
@@ -113,11 +113,16 @@ def watch_block_costs(plan: Plan, workspace: Workspace, partition: str | None) -
 
 
 def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
-    """Return one scenario, validated. Raises ConfigError where its target or a batch size is not measured."""
+    """Return one scenario, validated, and under "earlier" those that it must differ from: an edit of theirs is one of its own.
+
+    Raises ConfigError where a target or a batch size is not measured.
+    """
     assert partition is not None
-    scenario = workspace.read_scenario(partition)
-    check_scenario(scenario, {name: workspace.read_target(name) for name in workspace.read_profile().targets})
-    return scenario.model_dump(mode="json")
+    scenario, targets = workspace.read_scenario(partition), {name: workspace.read_target(name) for name in workspace.read_profile().targets}
+    earlier = read_earlier(workspace.conf, scenario)
+    for asked in (scenario, *earlier.values()):
+        check_scenario(asked, targets, file=scenario_file(workspace.conf, asked.name))
+    return with_earlier(scenario, earlier)
 
 
 def watch_chat_template(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:

@@ -8,10 +8,12 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from puzzle_dag.architecture import Architecture, Block
-from puzzle_dag.pieces import Place
+
+if TYPE_CHECKING:  # importing it takes seconds, for it knows tensors; a search doesn't
+    from puzzle_dag.pieces import Place
 
 Phase = Literal["prefill", "decode"]
 CostSource = Literal["measured", "imported", "analytic"]
@@ -62,15 +64,15 @@ class PieceCosts:
     input_length: int
     output_length: int
     batch_sizes: tuple[int, ...]
-    pieces: Mapping[tuple[int, Place, str], PieceCost]
+    pieces: "Mapping[tuple[int, Place, str], PieceCost]"
     constant: PieceCost
     digest: str
     source: CostSource = "measured"
 
     @staticmethod
     def same_in_every_layer(
-        pieces: Mapping[tuple[Place, str], PieceCost], *, num_layers: int
-    ) -> dict[tuple[int, Place, str], PieceCost]:
+        pieces: "Mapping[tuple[Place, str], PieceCost]", *, num_layers: int
+    ) -> "dict[tuple[int, Place, str], PieceCost]":
         """Return `pieces` for a model whose layers all have one shape, so that a variant costs the same in each."""
         return {(layer, place, name): cost for layer in range(num_layers) for (place, name), cost in pieces.items()}
 
@@ -78,7 +80,7 @@ class PieceCosts:
         """Return the costs of a block's two pieces. Raises ValueError for a variant that was not measured."""
         return self.of_piece(layer, "attention", block.attention.name), self.of_piece(layer, "ffn", block.ffn.name)
 
-    def of_piece(self, layer: int, place: Place, name: str) -> PieceCost:
+    def of_piece(self, layer: int, place: "Place", name: str) -> PieceCost:
         """Return the cost of one piece. Raises ValueError for a variant that was not measured."""
         try:
             return self.pieces[layer, place, name]

@@ -4,12 +4,26 @@ Reads configuration and the parent's config.json only; takes milliseconds.
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 from puzzle_dag.architecture import LayerSpace
-from puzzle_dag.config import ConfigError, Profile, Scenario, Target, read_scenario, read_target, resolve_space
+from puzzle_dag.config import (
+    ConfigError,
+    Profile,
+    Scenario,
+    Target,
+    locate,
+    read_earlier,
+    read_scenario,
+    read_target,
+    resolve_space,
+    scenario_file,
+)
+from puzzle_dag.config.scenario import TIMED
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -71,25 +85,64 @@ def check_lengths(profile: Profile, targets: Mapping[str, Target], shape: Puzzle
             raise ConfigError(f"target {target.name}: input_length + output_length is {total}; the parent takes at most {longest}")
 
 
-def check_scenario(scenario: Scenario, targets: Mapping[str, Target]) -> None:
-    """Check that a scenario's target is the profile's and has the batch sizes and costs that it names. Raises ConfigError."""
-    where = f"scenario {scenario.name}"
-    target = targets.get(scenario.target)
-    if target is None:
-        known = ", ".join(sorted(targets))
-        raise ConfigError(f"{where}: target is {scenario.target!r}, which the profile doesn't measure; use one of {known}")
+def _wrong(scenario: Scenario, file: Path | None, field: str, message: str) -> ConfigError:
+    where = f"scenario {scenario.name}" if file is None else locate(file, tuple(field.split(".")))
+    return ConfigError(f"{where}: {field} {message}")
+
+
+def check_scenario(scenario: Scenario, targets: Mapping[str, Target], *, file: Path | None = None) -> None:
+    """Check that a scenario's targets are the profile's and measure the batch sizes that it names.
+
+    Args:
+        scenario: as read.
+        targets: the profile's targets by name.
+        file: the scenario's file, so that an error names its line.
+
+    Raises:
+        ConfigError: they aren't or don't; the message names field, value and fix.
+    """
+
+    def target_of(field: str, name: str) -> Target:
+        if name not in targets:
+            near = get_close_matches(name, targets, n=1)
+            fix = f"use one of {', '.join(sorted(targets))}" + (f" (did you mean {near[0]}?)" if near else "")
+            message = f"is {name!r}, which the profile doesn't measure; {fix}, or add it to the profile's targets"
+            raise _wrong(scenario, file, field, message)
+        return targets[name]
+
+    target = target_of("target", scenario.target)
     if scenario.costs == "analytic" and target.hardware == "local-cpu":
-        raise ConfigError(f"{where}: costs is 'analytic', but target {target.name} is the machine at hand, which is measured; leave it out")
-    if scenario.batch_sizes != "all":
-        unknown = sorted(set(scenario.batch_sizes) - set(target.batch_sizes))
-        if unknown or not scenario.batch_sizes:
-            measured = list(target.batch_sizes)
-            raise ConfigError(f"{where}: batch_sizes is {list(scenario.batch_sizes)}; target {target.name} measures {measured}")
-    for name, bound in scenario.constraints.items():
-        timed = name in ("throughput_tokens_per_s", "latency_s", "ttft_s", "tpot_s")
-        if timed and bound.at is not None and bound.at.batch not in target.batch_sizes:
-            field = f"constraints.{name}.at.batch"
-            raise ConfigError(f"{where}: {field} is {bound.at.batch}; target {target.name} measures {list(target.batch_sizes)}")
+        why = f"is 'analytic', but target {target.name} is the machine at hand, which is measured; leave it out"
+        raise _wrong(scenario, file, "costs", why)
+    measured = f"target {target.name} measures {list(target.batch_sizes)}"
+    if isinstance(scenario.batch_sizes, tuple) and (not scenario.batch_sizes or set(scenario.batch_sizes) - set(target.batch_sizes)):
+        raise _wrong(scenario, file, "batch_sizes", f"is {list(scenario.batch_sizes)}; {measured}")
+    if not any(scenario.allows_batch(batch) for batch in target.batch_sizes):
+        raise _wrong(scenario, file, "batch_sizes", f"leaves none; {measured}")
+    points = [(f"constraints.{name}", name, bound.target or scenario.target, bound.at) for name, bound in scenario.bounds]
+    if scenario.objective.quantity is not None:
+        points.append(("objective", scenario.objective.quantity, scenario.target, scenario.objective.at))
+    for field, name, target_name, at in points:
+        own = target if target_name == scenario.target else target_of(f"{field}.target", target_name)
+        if name in TIMED and at is not None and at.batch not in own.batch_sizes:
+            raise _wrong(scenario, file, f"{field}.at.batch", f"is {at.batch}; target {own.name} measures {list(own.batch_sizes)}")
+
+
+def check_structure(scenario: Scenario, spaces: Sequence[LayerSpace], *, file: Path | None = None) -> None:
+    """Check that a scenario's structure speaks of layers and blocks that there are. Raises ConfigError."""
+    structure, num_layers = scenario.structure, len(spaces)
+    patterns: list[tuple[str, int | str, str]] = [("fixed", layer, pattern) for layer, pattern in structure.fixed.items()]
+    patterns += [("forbidden", layer, pattern) for layer, several in structure.forbidden.items() for pattern in several]
+    for kind, layer, pattern in patterns:
+        field = f"structure.{kind}.{layer}"
+        if layer != "all" and layer not in range(num_layers):
+            raise _wrong(scenario, file, field, f"names a layer that isn't there; the parent has layers 0 to {num_layers - 1}")
+        names = sorted({b.name for i, space in enumerate(spaces) if layer in ("all", i) for b in space.blocks})
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise _wrong(scenario, file, field, f"is {pattern!r}, which matches no block of the search space: {', '.join(names)}")
+    for place, least in (("structure", structure.min_different_layers), ("pool", scenario.pool.min_different_layers)):
+        if least > num_layers:
+            raise _wrong(scenario, file, f"{place}.min_different_layers", f"is {least}; the parent has {num_layers} layers")
 
 
 def check_profile(conf: Path, profile: Profile, shape: PuzzleDagConfig) -> None:
@@ -103,8 +156,12 @@ def check_profile(conf: Path, profile: Profile, shape: PuzzleDagConfig) -> None:
     Raises:
         ConfigError: the first thing that can't work; the message names file or field, value and fix.
     """
-    resolve_spaces(profile, shape)
+    spaces = resolve_spaces(profile, shape)
     targets = {name: read_target(conf, name) for name in profile.targets}
     check_lengths(profile, targets, shape)
     for name in profile.scenarios:
-        check_scenario(read_scenario(conf, name), targets)
+        scenario = read_scenario(conf, name)
+        for asked in (scenario, *read_earlier(conf, scenario).values()):
+            file = scenario_file(conf, asked.name)
+            check_scenario(asked, targets, file=file)
+            check_structure(asked, spaces, file=file)

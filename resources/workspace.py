@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from puzzle_dag.config import ForeignProfile, Profile, Scenario, Target, read_foreign_profile, read_profile, read_scenario, read_target
+from puzzle_dag.config import (
+    ForeignProfile,
+    Profile,
+    Scenario,
+    Target,
+    read_foreign_profile,
+    read_profile,
+    read_scenario,
+    read_target,
+    split_earlier,
+)
 from puzzle_dag.store import Artifact, ArtifactStore, fingerprint
 from resources.device import lease
 from resources.parents import load_parent_once
@@ -127,7 +137,7 @@ class Workspace(dg.ConfigurableResource):  # type: ignore[type-arg]
     @staticmethod
     def scenario_of(spec: dict[str, Any]) -> Scenario:
         """Return the scenario that a record of `scenario_spec` says."""
-        return Scenario.model_validate(spec)
+        return split_earlier(spec)[0]
 
     def read_scenario(self, name: str) -> Scenario:
         """Read a scenario's file. Raises ConfigError."""

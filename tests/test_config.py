@@ -1,5 +1,7 @@
 """Configuration: every shipped file is valid and fits its parent, and every bad input is refused with file, field, value and fix."""
 
+import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +18,15 @@ from puzzle_dag.config import (
     SearchSpaceSettings,
     check_name,
     is_foreign,
+    read_earlier,
     read_foreign_profile,
     read_foreign_scenario,
     read_profile,
     read_scenario,
     read_target,
     resolve_space,
+    split_earlier,
+    with_earlier,
 )
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.model.families import to_puzzle_dag_config
@@ -187,6 +192,27 @@ SCENARIO_ERRORS = [
     ({"uptrain": {}}, ["`uptrain.tokens` is missing"]),
     ({"retention_floor": 1.1}, ["`retention_floor`", "1.1"]),
     ({"objective": {"minimize": "loss"}}, ["`objective.minimize`", "did you mean"]),
+    ({"objective": {"maximise": "throughput"}}, ["`objective.maximise` is unknown", "did you mean `maximize`?"]),
+    ({"objective": {"maximize": "throughput"}}, ["`objective`", "give `subject_to"]),
+    ({"objective": {"maximize": "throughput", "minimize": "kl"}}, ["give one of `minimize` and `maximize`"]),
+    ({"objective": {"maximize": "throughput", "subject_to": {"kl": {"at_mots": 1}}}}, ["`objective.subject_to.kl.at_mots`", "`at_most`?"]),
+    ({"objective": {"minimize": {"kl": -1.0}}}, ["minimize.kl is -1", "above 0"]),
+    ({"objective": {"minimize": "kl", "at": {"batch": 1}}}, ["so leave it out"]),
+    ({"constraints": {"latency_s": 5}}, ["`constraints.latency_s`", "write it as a bound: {at_most: 5}"]),
+    ({"constraints": {"latency_s": {"equals": 5}}}, ["`equals` needs `within`"]),
+    ({"constraints": {"latency_s": {"at_most": 5, "within": 0.1}}}, ["`within` is the tolerance of `equals`"]),
+    ({"constraints": {"parameters": {"equals": 5, "at_most": 6}}}, ["either `equals` or bounds"]),
+    ({"constraints": {"latency_s": [{"at_most": 5}, {"at_mots": 5}]}}, ["`constraints.latency_s.1.at_mots`", "did you mean `at_most`?"]),
+    ({"constraints": {"latency_s": [{"at_most": 5}, {"at_least": 4}]}}, ["two bounds on target cpu-prefill at the same point"]),
+    ({"constraints": {"latency_s": []}}, ["`constraints.latency_s`", "at least 1"]),
+    ({"constraints": {"latency_s": {"target": "../x", "at_most": 5}}}, ["`constraints.latency_s.target`", "../x"]),
+    ({"structure": {"homogenous": True}}, ["`structure.homogenous`", "did you mean `homogeneous`?"]),
+    ({"structure": {"fixed": {0: "kv8"}}}, ["`structure.fixed.0`", "attention/ffn"]),
+    ({"structure": {"max_distinct": 0}}, ["`structure.max_distinct`", "0"]),
+    ({"structure": {"different_from": ["../x"]}}, ["`structure.different_from.0`", "../x"]),
+    ({"pool": {"num_solutions": 0}}, ["`pool.num_solutions`", "0"]),
+    ({"batch_sizes": "al"}, ["`batch_sizes`", "did you mean `all`?"]),
+    ({"batch_sizes": {"at_least": 9, "at_most": 8}}, ["at_least 9 is above at_most 8"]),
 ]
 
 
@@ -198,6 +224,75 @@ def test_scenario_errors_name_file_field_value_and_fix(conf, fields, parts):
         read_scenario(conf, "latency-70")
     for part in (str(path), *parts):
         assert part in str(caught.value)
+
+
+def test_a_form_of_a_field_gives_one_error_that_nobody_has_to_decode(conf):
+    edit(conf / "scenarios" / "latency-70.yaml", objective={"maximize": "speed"}, batch_sizes=[1, "x"])
+    with pytest.raises(ConfigError) as caught:
+        read_scenario(conf, "latency-70")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2 and "`objective.maximize`" in lines[0] and "`batch_sizes.1`" in lines[1]
+    assert not any("<" in line for line in lines)
+
+
+def test_constraints_are_one_bound_or_several_and_survive_json(conf):
+    path = conf / "scenarios" / "latency-70.yaml"
+    several = [{"at_most": 1.0}, {"target": "cpu-chat", "at_most": 2.0, "at": {"batch": 1}}]
+    edit(
+        path,
+        constraints={"latency_s": several, "num_attention_layers": {"equals": 2}},
+        structure={"forbidden": {"all": "*/noop", 1: ["x/y"]}},
+    )
+    scenario = read_scenario(conf, "latency-70")
+    assert [(n, b.target, b.words) for n, b in scenario.bounds] == [
+        ("latency_s", None, "at most 1"),
+        ("latency_s", "cpu-chat", "at most 2"),
+        ("num_attention_layers", None, "equal to 2"),
+    ]
+    assert scenario.targets == ("cpu-prefill", "cpu-chat")
+    assert split_earlier(json.loads(json.dumps(with_earlier(scenario, {}), sort_keys=True))) == (scenario, {})
+
+
+def test_short_names_of_quantities_are_the_full_ones(conf):
+    budget = {"kl": {"at_most": 0.2}}
+    for word, name, full in (("maximize", "throughput", "throughput_tokens_per_s"), ("minimize", "memory", "memory_bytes")):
+        edit(conf / "scenarios" / "latency-70.yaml", objective={word: name, "subject_to": budget}, constraints={})
+        assert read_scenario(conf, "latency-70").objective.quantity == full
+
+
+def test_earlier_scenarios_are_read_along_and_may_not_go_in_a_circle(conf):
+    edit(conf / "scenarios" / "latency-70.yaml", structure={"different_from": "memory-60"})
+    edit(conf / "scenarios" / "memory-60.yaml", structure={"different_from": ["throughput-1.5x"]})
+    scenario = read_scenario(conf, "latency-70")
+    earlier = read_earlier(conf, scenario)
+    assert list(earlier) == ["memory-60", "throughput-1.5x"]
+    content = json.loads(json.dumps(with_earlier(scenario, earlier)))
+    assert split_earlier(content)[1]["memory-60"].constraints == earlier["memory-60"].constraints
+    edit(conf / "scenarios" / "memory-60.yaml", uptrain={"tokens": 5})
+    assert with_earlier(scenario, read_earlier(conf, scenario)) == with_earlier(scenario, earlier)
+    edit(conf / "scenarios" / "throughput-1.5x.yaml", structure={"different_from": ["latency-70"]})
+    with pytest.raises(
+        ConfigError, match=r"throughput-1\.5x\.yaml, line \d+: .*latency-70 -> memory-60 -> throughput-1\.5x -> latency-70 is a circle"
+    ):
+        read_earlier(conf, scenario)
+    edit(conf / "scenarios" / "latency-70.yaml", structure={"different_from": ["memory-06"]})
+    with pytest.raises(ConfigError, match="did you mean `memory-60`"):
+        check_tiny(conf)
+
+
+def test_the_examples_of_the_documentation_are_valid(tmp_path):
+    text = (CONF.parent / "docs" / "scenario.md").read_text().partition("## Targets")[0]
+    whole, *parts = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    examples = [whole]
+    for part in parts:
+        options = part.splitlines() if part.startswith("objective") else [part]
+        base = {"version": 1, "target": "cpu-prefill", "uptrain": {"tokens": 0}, "constraints": {"latency_s": {"at_most": 1.0}}}
+        examples += [yaml.safe_dump({**base, **yaml.safe_load(option)}) for option in options]
+    (tmp_path / "scenarios").mkdir()
+    for example in examples:
+        (tmp_path / "scenarios" / "example.yaml").write_text(example)
+        assert read_scenario(tmp_path, "example").target == "cpu-prefill"
+    assert len(examples) > 6
 
 
 def test_errors_name_the_line(conf):
@@ -259,6 +354,25 @@ def check_tiny(conf: Path) -> None:
         ("profiles/tiny", {"targets": ["cpu-prefil", "cpu-chat"]}, "did you mean `cpu-prefill`"),
         ("profiles/tiny", {"scenarios": ["memory-06"]}, "did you mean `memory-60`"),
         ("scenarios/latency-70", {"target": "gpu-chat"}, "'gpu-chat', which the profile doesn't measure; use one of cpu-chat, cpu-prefill"),
+        ("scenarios/latency-70", {"target": "cpu-cha"}, r"latency-70\.yaml, line \d+: target is 'cpu-cha'.*did you mean cpu-chat"),
+        (
+            "scenarios/latency-70",
+            {"constraints__latency_s__target": "gpu-chat"},
+            r"line \d+: constraints\.latency_s\.target is 'gpu-chat', which the profile doesn't measure",
+        ),
+        ("scenarios/latency-70", {"batch_sizes": {"at_least": 17}}, r"batch_sizes leaves none; target cpu-prefill measures \[4, 8, 16\]"),
+        (
+            "scenarios/latency-70",
+            {"objective": {"maximize": "throughput", "at": {"batch": 5}, "subject_to": {"kl": {"at_most": 1}}}},
+            r"objective\.at\.batch is 5; target cpu-prefill measures",
+        ),
+        ("scenarios/latency-70", {"structure": {"fixed": {6: "kv8/*"}}}, r"structure\.fixed\.6 names a layer that isn't there; .* 0 to 5"),
+        (
+            "scenarios/latency-70",
+            {"structure": {"forbidden": {"all": "kv3/*"}}},
+            r"'kv3/\*', which matches no block of the search space: kv1",
+        ),
+        ("scenarios/latency-70", {"pool": {"min_different_layers": 7}}, "pool.min_different_layers is 7; the parent has 6 layers"),
         ("scenarios/latency-70", {"batch_sizes": [8, 9]}, r"batch_sizes is \[8, 9\]; target cpu-prefill measures \[4, 8, 16\]"),
         ("scenarios/latency-70", {"constraints__latency_s__at": {"batch": 5}}, r"latency_s.at.batch is 5; target cpu-prefill measures"),
         ("targets/cpu-chat", {"input_length": 2048}, "input_length \\+ output_length is 2112; the parent takes at most 1024"),

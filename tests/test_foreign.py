@@ -1,6 +1,7 @@
 """Foreign libraries: brute force on small ones, the three file kinds, and errors that name what is wrong."""
 
 import json
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import product
 from pathlib import Path
@@ -58,6 +59,63 @@ def test_equals_brute_force(rows: list[list[tuple[float, float, float]]], ms: fl
         left = [p for p in left if sum(p[i] != found["choices"][i] for i in p) >= least]
     assert len(answers) == num or not left
     json.dumps(answer, allow_nan=False)
+
+
+def ways(library: dict[str, dict[str, dict[str, float]]], first: int, num_layers: int) -> Iterator[dict[str, str]]:
+    """Every way to cover the layers from `first` on by single layers and runs."""
+    if first == num_layers:
+        yield {}
+    for place, variants in library.items():
+        start, _, end = place.partition("-")
+        if int(start) == first:
+            for variant, rest in product(variants, ways(library, int(end or start) + 1, num_layers)):
+                yield {place: variant, **rest}
+
+
+def layers_of(choices: dict[str, str]) -> dict[int, tuple[str, str]]:
+    """Layer -> the place and the variant that cover it."""
+    spans = {place: (int(place.split("-")[0]), int(place.split("-")[-1])) for place in choices}
+    return {layer: (place, choices[place]) for place, (start, end) in spans.items() for layer in range(start, end + 1)}
+
+
+three = st.fixed_dictionaries({"kl": numbers, "ms": numbers, "size": numbers})
+places = st.lists(st.dictionaries(st.sampled_from("abc"), three, min_size=1), min_size=1, max_size=4)
+
+
+@settings(max_examples=200, deadline=None)
+@given(places, st.data(), numbers, numbers, st.integers(1, 3), st.integers(1, 2))
+def test_runs_equal_brute_force(
+    rows: list[dict[str, dict[str, float]]], data: st.DataObject, ms: float, size: float, num: int, least: int
+) -> None:
+    library = {str(i): row for i, row in enumerate(rows)}
+    spans = [f"{i}-{j}" for i in range(len(rows)) for j in range(i + 1, len(rows))]
+    for span in data.draw(st.lists(st.sampled_from(spans), unique=True)) if spans else []:
+        library[span] = data.draw(st.dictionaries(st.sampled_from(["fused", "dropped"]), three, min_size=1))
+    least = min(least, len(rows))
+    answer = solve_foreign_library(
+        library, minimize="kl", at_most={"ms": ms}, at_least={"size": size}, num_solutions=num, min_different_layers=least
+    )
+    left = list(ways(library, 0, len(rows)))
+    left = [p for p in left if total(library, p, "ms") <= Fraction(str(ms)) and total(library, p, "size") >= Fraction(str(size))]
+    if not left:
+        assert answer["status"] == "infeasible"
+        return
+    answers = [answer] if num == 1 else answer["solutions"]
+    for found in answers:
+        assert found["status"] == "optimal" and found["choices"] in left
+        assert found["objective"] == pytest.approx(float(min(total(library, p, "kl") for p in left)), abs=1e-12)
+        own = layers_of(found["choices"])
+        left = [p for p in left if sum(layers_of(p)[i] != own[i] for i in own) >= least]
+    assert len(answers) == num or not left
+
+
+def test_a_run_competes_with_single_layers_under_any_way_of_writing_it() -> None:
+    single = {"parent": {"kl": 0.0, "ms": 2.0}, "noop": {"kl": 0.5, "ms": 0.0}}
+    for run in ("layer_2-3", "layer_2-layer_3"):
+        library = {f"layer_{i}": single for i in (1, 2, 3)} | {run: {"fused": {"kl": 0.1, "ms": 3.0}}}
+        assert solve_foreign_library(library, minimize="kl")["choices"] == dict.fromkeys(("layer_1", "layer_2", "layer_3"), "parent")
+        answer = solve_foreign_library(library, minimize="kl", at_most={"ms": 5.0})
+        assert answer["choices"] == {"layer_1": "parent", run: "fused"} and answer["costs"] == {"ms": 5.0}
 
 
 def test_dotted_paths_and_natural_order_of_layers() -> None:
@@ -121,6 +179,9 @@ def test_unreadable_files_are_refused(tmp_path: Path, name: str, content: str | 
         (LIBRARY, {"minimize": "metrics.k"}, r"'layer_2', variant 'a' has no number 'metrics.k'; did you mean 'metrics.kl'\?"),
         (LIBRARY, {"minimize": "metrics.kl", "at_most": {"speed": 1.0}}, "no number 'speed'; it has metrics.kl, stats.mib, stats.ms"),
         ({}, {"minimize": "x"}, "no layers"),
+        ({**LIBRARY, "layer_2-11": {"a": WIDE}}, {"minimize": "metrics.kl"}, "reads as a run of layers, but there is no layer 'layer_11'"),
+        ({**LIBRARY, "layer_10-2": {"a": WIDE}}, {"minimize": "metrics.kl"}, "run 'layer_10-2' must go from one layer to a later one"),
+        ({**LIBRARY, "layer_2-10": {"a": WIDE}}, {"minimize": "metrics.kl"}, "layer 'layer_2-10', variant 'a' has no number"),
         ({"0": {}}, {"minimize": "x"}, "layer '0' has no variants"),
         ({"0": {"a": 3}}, {"minimize": "x"}, "variant 'a': 3 is no mapping"),
         ({"0": {"a": {"x": "fast"}}}, {"minimize": "x"}, "x is 'fast'; it must be a finite number"),

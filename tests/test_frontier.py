@@ -3,6 +3,7 @@
 import pytest
 from search_instances import PARENT, SECONDS, TABLE, make_scenario, simple_costs, simple_table
 
+from puzzle_dag.search import problem
 from puzzle_dag.search.frontier import sweep, with_bound
 from puzzle_dag.search.limits import ScenarioError
 from puzzle_dag.search.solve import solve_scenario
@@ -51,3 +52,19 @@ def test_only_a_one_sided_bound_can_be_swept() -> None:
     for constraint in ("latency_s", "memory_bytes"):
         with pytest.raises(ScenarioError, match=f"{constraint} must have one bound"):
             with_bound(scenario, constraint, 2.0)
+
+
+def test_what_a_looser_bound_settled_is_not_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tighter bound that the answer meets already costs nothing; a looser one is solved anew."""
+    solved: list[float] = []
+    plain = problem.minimise
+
+    def counting(*args: object, **kwargs: object) -> object:
+        solved.append(1)
+        return plain(*args, **kwargs)
+
+    monkeypatch.setattr(problem, "minimise", counting)
+    scenario = make_scenario({"latency_s": {"at_most": 1.0, "relative_to": "parent"}}, batch_sizes=[4])
+    points = sweep(SCORES, COSTS, scenario, PARENT, constraint="latency_s", values=[0.95, 0.93, 0.6, 0.95])
+    assert [p.objective for p in points[1:]] == [points[1].objective, points[1].objective, points[3].objective, points[1].objective]
+    assert points[3].objective > points[1].objective and len(solved) == 3

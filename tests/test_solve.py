@@ -153,7 +153,7 @@ def test_two_conflicting_constraints_are_both_named() -> None:
         ({"latency_s": {"at_most": 1.0, "at": {"batch": 3}}}, {}, r"batch is 3.*measured are 1, 4"),
         ({"latency_s": {"at_most": 1.0, "at": {"batch": 1, "length": 9}}}, {}, r"measured at 12 \+ 4 tokens"),
         ({"latency_s": {"at_most": 1.0}}, {"batch_sizes": [4, 16]}, r"not measured at 16; measured are 1, 4"),
-        ({"latency_s": {"at_most": 1.0}}, {"target": "other"}, r"'other' has no costs \(there are: t\); measure it"),
+        ({"latency_s": {"at_most": 1.0}}, {"target": "other"}, r"'other' has no costs \(there are: t\); name it among"),
         ({"throughput_tokens_per_s": {"at_least": 1.5, "relative_to": "parent"}, "memory_bytes": {"at_most": 3}}, {}, "the parent needs"),
     ],
 )

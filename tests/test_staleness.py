@@ -6,12 +6,14 @@ The tests share one project, which each leaves up to date: an edit is made, and 
 import shutil
 from collections.abc import Iterator
 
+import dagster as dg
 import pytest
 from micro_project import Project, copy_project
 from ticking_engine import TickingEngine
 
 from assets.definitions import build_definitions
 from assets.plan import make_plan
+from resources.rows import read_rows
 
 LAYERS = ("L00", "L01")
 SCENARIOS = ("micro-small", "micro-light")
@@ -174,6 +176,8 @@ def test_an_infeasible_scenario_fails_alone_and_says_what_can_be_had(project: Pr
     assert [str(o.item) for o in record.of("failed")] == ["solution[micro-light]"] and not record.ok
     assert "memory_bytes" in record.of("failed")[0].reasons[0] and "the best value" in record.of("failed")[0].reasons[0]
     assert set(record.ran) == {"scenario_spec[micro-light]", "frontier", "tables"}
+    assert failure_metadata(project, "solution")["conflicting"].value == "memory_bytes"
+    assert "memory_bytes at most" in str(failure_metadata(project, "solution")["nearest"].value)
     rows = {r["scenario"]: r for r in project.workspace.shelf.value("frontier")["rows"]}
     # Nothing is left of the former child: it is not of this scenario.
     assert rows["micro-light"]["measured_speedup"] is None and rows["micro-small"]["measured_speedup"] is not None
@@ -181,6 +185,47 @@ def test_an_infeasible_scenario_fails_alone_and_says_what_can_be_had(project: Pr
     restored = project.refresh()
     assert restored.ok and set(restored.ran) == {"scenario_spec[micro-light]", "frontier", "tables"}  # the former solution holds again
     assert solutions(project) == before
+
+
+def failure_metadata(project: Project, asset: str) -> dict[str, dg.MetadataValue]:
+    """What the last failed run of an asset shows in the UI."""
+    with project.instance() as instance:
+        runs = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.FAILURE]))
+        run = next(run for run in runs if any(key.path[-1] == asset for key in run.asset_selection or ()))
+        (event,) = instance.all_logs(run.run_id, of_type=dg.DagsterEventType.STEP_FAILURE)
+        return dict(event.dagster_event.step_failure_data.user_failure_data.metadata)
+
+
+def test_a_pool_and_what_loosening_buys_are_recorded_and_rebuild_no_child(project: Project) -> None:
+    file, before = project.root / "conf" / "scenarios" / "micro-small.yaml", solutions(project)
+    project.edit(file, pool={"num_solutions": 3})
+    assert set(project.refresh().ran) == {"scenario_spec[micro-small]", "solution[micro-small]", "frontier", "tables"}
+    assert solutions(project) == before
+    value = project.workspace.shelf.value("solution", "micro-small")
+    objectives = [s["objective"] for s in (value["solution"], *value["pool"])]
+    assert len(objectives) == 3 and objectives == sorted(objectives)
+    assert [entry["constraint"] for entry in value["solution"]["loosened"]] == ["parameters"]
+    rows = read_rows(project.workspace.tables / "solution_pools" / "micro-small.parquet")
+    assert [(r["rank"], r["objective"]) for r in rows] == list(enumerate(objectives, start=1))
+
+
+def test_an_earlier_scenario_is_a_part_of_the_one_that_must_differ_from_it(project: Project) -> None:
+    folder, before = project.root / "conf" / "scenarios", solutions(project)
+    texts = {name: (folder / f"{name}.yaml").read_text() for name in SCENARIOS}
+    same = {"constraints": project.workspace.shelf.value("scenario_spec", "micro-light")["constraints"]}
+    project.edit(folder / "micro-small.yaml", **same, structure={"different_from": "micro-light"})
+    search = ["scenario_spec", "solution"]
+    assert project.refresh(select=search).ran == ["scenario_spec[micro-small]", "solution[micro-small]"]
+    found = {s: project.workspace.shelf.value("solution", s)["solution"]["choices"] for s in SCENARIOS}
+    assert [c["block"] for c in found["micro-small"]] != [c["block"] for c in found["micro-light"]]
+    project.edit(folder / "micro-light.yaml", uptrain={"tokens": 320})
+    assert project.refresh(select=search).ran == ["scenario_spec[micro-light]", "solution[micro-light]"]
+    project.edit(folder / "micro-light.yaml", structure={"homogeneous": True})
+    assert sorted(project.refresh(select=search).ran) == sorted(f"{asset}[{s}]" for asset in search for s in SCENARIOS)
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(text)
+    record = project.refresh()
+    assert record.ok and solutions(project) == before
 
 
 def test_one_click_in_the_ui_refreshes(project: Project) -> None:
@@ -199,7 +244,7 @@ def test_a_failing_stage_fails_the_click(project: Project, monkeypatch: pytest.M
     def broken(*_: object, **__: object) -> None:
         raise ValueError("broken")
 
-    monkeypatch.setattr("puzzle_dag.search.solve.solve_scenario", broken)
+    monkeypatch.setattr("puzzle_dag.search.answer.answer_scenario", broken)
     with project.instance() as instance:
         definitions = build_definitions(make_plan(project.root, "micro"))
         job = definitions.resolve_job_def(next(job.name for job in definitions.jobs or [] if "refresh" in job.name))

@@ -21,15 +21,17 @@ from search_instances import (
 )
 
 from puzzle_dag.architecture import Architecture, Block
-from puzzle_dag.config import Scenario
+from puzzle_dag.config import PoolSettings, Scenario, StructureSettings
 from puzzle_dag.piece_costs import PieceCosts
 from puzzle_dag.search.candidates import Candidates
 from puzzle_dag.search.infeasible import InfeasibleScenarioError
 from puzzle_dag.search.limits import ScenarioError
 from puzzle_dag.search.loosen import loosen_each
+from puzzle_dag.search.pool import solve_pool
+from puzzle_dag.search.problem import Problem
 from puzzle_dag.search.score import BlockScore
-from puzzle_dag.search.solve import solve_candidates, solve_scenario
-from puzzle_dag.search.structure import Structure, solve_pool
+from puzzle_dag.search.solve import prepare, solve_candidates, solve_scenario
+from puzzle_dag.search.structure import Structure
 
 Instance = tuple[list[list[BlockScore]], PieceCosts, Scenario]
 
@@ -109,15 +111,18 @@ def test_structure_equals_brute_force(instance: Instance, structure: Structure) 
 def test_a_pool_is_the_best_then_the_best_that_differs(instance: Instance, num_solutions: int, least: int) -> None:
     table, costs, scenario = instance
     least = min(least, len(table))
+    asked = PoolSettings(num_solutions=num_solutions, min_different_layers=least)
+    scenario = scenario.model_copy(update={"pool": asked})
+    candidates = prepare(table, {"t": costs}, scenario, PARENT)
     try:
         left = feasible(instance)
     except ScenarioError:
         return
     if not left:
         with pytest.raises(InfeasibleScenarioError):
-            solve_pool(table, {"t": costs}, scenario, PARENT, num_solutions=num_solutions)
+            solve_pool(candidates, {"t": costs}, scenario)
         return
-    pool = solve_pool(table, {"t": costs}, scenario, PARENT, num_solutions=num_solutions, min_different_layers=least)
+    pool = solve_pool(candidates, {"t": costs}, scenario)
     for solution in pool:
         assert solution.objective == pytest.approx(min(left.values()), abs=1e-9)
         left = {a: v for a, v in left.items() if differences(a, solution.architecture) >= least}
@@ -157,12 +162,26 @@ def test_loosening_tells_which_bound_binds_and_what_it_would_buy() -> None:
     scenario = make_scenario({"latency_s": {"at_most": 14.0}, "parameters": {"at_most": 1e6}, "kv_bytes_per_token": {"at_least": 1}})
     solution = solve_scenario(table, costs, scenario, PARENT)
     assert solution.objective == pytest.approx(0.3)  # 17 s for the parent; each kv1 saves 1 s
-    loosened = loosen_each(table, costs, scenario, PARENT, solution, share=0.1)
+    loosened = loosen_each(Problem.of(scenario, prepare(table, costs, scenario, PARENT), costs), solution, share=0.1)
     assert [(entry.constraint, entry.is_binding) for entry in loosened] == [
         ("latency_s", True),
-        ("parameters", False),
         ("kv_bytes_per_token", False),
+        ("parameters", False),
     ]
     first = loosened[0]
     assert (first.side, first.bound, first.loosened, first.change) == ("at_most", 14.0, pytest.approx(15.4), pytest.approx(1.4))
-    assert first.gain == pytest.approx(0.1)
+    assert (first.gain, first.value) == (pytest.approx(0.1), pytest.approx(0.2))
+
+
+def test_a_count_of_layers_is_loosened_by_a_whole_layer() -> None:
+    table, costs = simple_table(4, TABLE), {"t": simple_costs(4, seconds=SECONDS)}
+    scenario = make_scenario({"num_attention_layers": {"at_most": 3}})
+    solution = solve_scenario(table, costs, scenario, PARENT)
+    (entry,) = loosen_each(Problem.of(scenario, prepare(table, costs, scenario, PARENT), costs), solution)
+    assert (solution.objective, entry.loosened, entry.gain) == (2.0, 4.0, 2.0)
+
+
+def test_a_forbidden_pattern_that_matches_nothing_is_a_mistake() -> None:
+    candidates = Candidates.of(simple_table(2, TABLE), PARENT)
+    with pytest.raises(ScenarioError, match=r"structure\.forbidden\.all: 'kv2/\*' matches no block; there are kv1/w64, kv4/w32"):
+        Structure.of(StructureSettings(forbidden={"all": ("kv2/*",)}), candidates)

@@ -13,6 +13,7 @@ from puzzle_dag.config.foreign import (
     read_foreign_profile,
     read_foreign_scenario,
 )
+from puzzle_dag.config.objective import LOSSES, ConstraintName, Objective
 from puzzle_dag.config.online import LoadCurveSettings, SpeculationSettings
 from puzzle_dag.config.profile import (
     AccuracySettings,
@@ -26,14 +27,27 @@ from puzzle_dag.config.profile import (
     read_any_profile,
     read_profile,
 )
-from puzzle_dag.config.reading import ConfigError, Name, Settings, check_name, read_settings
-from puzzle_dag.config.scenario import At, Bound, ConstraintName, Objective, Scenario, UptrainBudget, read_scenario
+from puzzle_dag.config.reading import At, ConfigError, Name, Settings, check_name, locate, read_settings
+from puzzle_dag.config.scenario import (
+    BatchRange,
+    Bound,
+    Scenario,
+    UptrainBudget,
+    read_earlier,
+    read_scenario,
+    scenario_file,
+    split_earlier,
+    with_earlier,
+)
 from puzzle_dag.config.space import LayerOverride, SearchSpaceSettings, resolve_space
+from puzzle_dag.config.structure import PoolSettings, StructureSettings
 from puzzle_dag.config.target import Target, read_target
 
 __all__ = [
+    "LOSSES",
     "AccuracySettings",
     "At",
+    "BatchRange",
     "Bound",
     "BundledCorpus",
     "ConfigError",
@@ -47,11 +61,13 @@ __all__ = [
     "Name",
     "Objective",
     "ParentSource",
+    "PoolSettings",
     "Profile",
     "Scenario",
     "SearchSpaceSettings",
     "Settings",
     "SpeculationSettings",
+    "StructureSettings",
     "Target",
     "TextCorpus",
     "TokenBudgets",
@@ -60,7 +76,9 @@ __all__ = [
     "check_name",
     "is_foreign",
     "library_of",
+    "locate",
     "read_any_profile",
+    "read_earlier",
     "read_foreign_profile",
     "read_foreign_scenario",
     "read_profile",
@@ -68,4 +86,7 @@ __all__ = [
     "read_settings",
     "read_target",
     "resolve_space",
+    "scenario_file",
+    "split_earlier",
+    "with_earlier",
 ]

@@ -23,6 +23,15 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
+class At(Settings):
+    """The workload point at which a constraint holds or a quantity is optimised."""
+
+    batch: int = Field(gt=0)
+    """Concurrent requests."""
+    length: int | None = Field(default=None, gt=0)
+    """Tokens a sequence (memory)."""
+
+
 _Model = TypeVar("_Model", bound=Settings)
 
 
@@ -75,6 +84,11 @@ def _line(text: str, location: tuple[int | str, ...]) -> int:
     return line
 
 
+def locate(path: Path, location: tuple[int | str, ...]) -> str:
+    """Return "FILE, line N": where a field of a YAML file is written, or the innermost part of its location that is."""
+    return f"{path}, line {_line(path.read_text(encoding='utf-8'), location)}"
+
+
 def _suggest(wrong: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(wrong), list(known), n=1)
     return f"; did you mean `{near[0]}`?" if near else ""
@@ -83,7 +97,8 @@ def _suggest(wrong: object, known: Iterable[str]) -> str:
 def _explain(error: ValidationError, model: type[BaseModel], path: Path, text: str) -> str:
     lines = []
     for problem in error.errors():
-        location = tuple(p for p in problem["loc"] if p != "[key]")
+        # Pydantic also names the form of a field that it took ("<list>"), which nobody wrote.
+        location = tuple(p for p in problem["loc"] if p != "[key]" and not str(p).startswith("<"))
         place = f"{path}, line {_line(text, location)}: field `{'.'.join(map(str, location))}`"
         if problem["type"] == "extra_forbidden":
             message = f"{place} is unknown" + _suggest(location[-1], _known_keys(model))

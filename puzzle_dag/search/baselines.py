@@ -13,12 +13,12 @@ import numpy as np
 from puzzle_dag.architecture import Block
 from puzzle_dag.config import Scenario
 from puzzle_dag.piece_costs import PieceCosts
-from puzzle_dag.search.candidates import Candidates, ScoreTable
-from puzzle_dag.search.infeasible import explain
-from puzzle_dag.search.limits import Limit, ScenarioError, make_measure, scenario_limits, solved_batches, target_costs
+from puzzle_dag.search.candidates import AnyLimit, Candidates, ScoreTable
+from puzzle_dag.search.limits import ScenarioError, make_measure, target_costs
+from puzzle_dag.search.problem import Problem, explain_problem
 from puzzle_dag.search.program import Floats, Outcome, minimise
 from puzzle_dag.search.solution import Solution
-from puzzle_dag.search.solve import build_solution, keep_batch
+from puzzle_dag.search.solve import build_solution, prepare
 
 
 class BaselineFailedError(ScenarioError):
@@ -37,7 +37,7 @@ def greedy_solution(scores: ScoreTable, costs: Mapping[str, PieceCosts], scenari
         ScenarioError: as `solve_scenario`.
     """
 
-    def pick(candidates: Candidates, limits: Sequence[Limit], values: Floats) -> Outcome:
+    def pick(candidates: Candidates, limits: Sequence[AnyLimit], values: Floats) -> Outcome:
         start, chosen = time.monotonic(), _pick_greedily(candidates, limits, values)
         if not candidates.meets(limits)(chosen):
             return Outcome("infeasible", seconds=time.monotonic() - start)
@@ -52,7 +52,7 @@ def largest_parameters_solution(scores: ScoreTable, costs: Mapping[str, PieceCos
     Of several batch sizes the one that allows the most parameters is kept. Raises as `solve_scenario`.
     """
 
-    def pick(candidates: Candidates, limits: Sequence[Limit], values: Floats) -> Outcome:
+    def pick(candidates: Candidates, limits: Sequence[AnyLimit], values: Floats) -> Outcome:
         own = target_costs(scenario.target, costs)
         sizes = candidates.amounts(make_measure("parameters", own, own.batch_sizes[0]))
         return minimise(candidates.program(limits), -sizes, is_met=candidates.meets(limits))
@@ -60,16 +60,14 @@ def largest_parameters_solution(scores: ScoreTable, costs: Mapping[str, PieceCos
     return _best_of_batches(scores, costs, scenario, parent_block, pick, notes={"method": "largest_parameters"}, by_score=False)
 
 
-def random_solution(
-    scores: ScoreTable, costs: Mapping[str, PieceCosts], scenario: Scenario, parent_block: Block, *, seed: int
-) -> Solution:
+def random_solution(scores: ScoreTable, costs: Mapping[str, PieceCosts], scenario: Scenario, parent_block: Block, *, seed: int) -> Solution:
     """Pick random blocks of the library that meet the constraints, whatever their scores (Puzzle, F.2.4).
 
     One block a layer is drawn uniformly; where the draw misses a constraint, the fewest layers are exchanged that
     make it meet all, so every constraint set that can be met gets an answer. Raises as `solve_scenario`.
     """
 
-    def pick(candidates: Candidates, limits: Sequence[Limit], values: Floats) -> Outcome:
+    def pick(candidates: Candidates, limits: Sequence[AnyLimit], values: Floats) -> Outcome:
         rng = np.random.default_rng(seed)
         layers = np.array([s.layer for s in candidates.scores])
         # Ties among the exchanges are broken at random, too: by less than one exchange in all.
@@ -81,7 +79,7 @@ def random_solution(
     return _best_of_batches(scores, costs, scenario, parent_block, pick, notes={"method": "random", "seed": seed}, by_score=False)
 
 
-def _pick_greedily(candidates: Candidates, limits: Sequence[Limit], values: Floats) -> tuple[int, ...]:
+def _pick_greedily(candidates: Candidates, limits: Sequence[AnyLimit], values: Floats) -> tuple[int, ...]:
     """Return one item a layer. Every bound is a budget: a lower bound is one of the negated amounts."""
     program = candidates.program(limits)
     budgets = [(row.coefficients, row.upper) for row in program.rows if np.isfinite(row.upper)]
@@ -105,23 +103,21 @@ def _best_of_batches(
     costs: Mapping[str, PieceCosts],
     scenario: Scenario,
     parent_block: Block,
-    pick: Callable[[Candidates, Sequence[Limit], Floats], Outcome],
+    pick: Callable[[Candidates, Sequence[AnyLimit], Floats], Outcome],
     *,
     notes: Mapping[str, object],
     by_score: bool = True,
 ) -> Solution:
     """Pick at every batch size; keep the one with the least summed score, or what the picking itself minimised."""
     start = time.monotonic()
-    candidates, own = Candidates.of(scores, parent_block), target_costs(scenario.target, costs)
-    values = candidates.costs(scenario.objective)
-    limits = {b: scenario_limits(scenario, costs, b, candidates.parent) for b in solved_batches(scenario, own)}
-    picked = {batch: pick(candidates, limits[batch], values) for batch in limits}
-    if not any(o.chosen for o in picked.values()):
-        error = explain(scenario.name, candidates, limits) if not by_score else None
+    problem = Problem.of(scenario, prepare(scores, costs, scenario, parent_block), costs)
+    candidates, values = problem.candidates, problem.candidates.costs(scenario.objective)
+    picked = [pick(candidates, problem.limits(point), values) for point in problem.points]
+    found = [i for i, outcome in enumerate(picked) if outcome.chosen]
+    if not found:
+        error = explain_problem(problem) if not by_score else None
         raise error or BaselineFailedError(f"scenario {scenario.name}: the greedy choice meets the constraints at no batch size")
-    scored = {b: replace(o, objective=candidates.exact_sum(values, o.chosen), bound=np.nan) if o.chosen else o for b, o in picked.items()}
-    scored = {b: replace(o, status="feasible") if o.chosen else o for b, o in scored.items()}
-    batch = keep_batch(candidates, own, scored if by_score else picked)
-    return build_solution(
-        scenario, candidates, own, batch=batch, limits=limits[batch], outcomes=scored, seconds=time.monotonic() - start, notes=notes
-    )
+    losses = {i: candidates.exact_sum(values, picked[i].chosen) if by_score else picked[i].objective for i in found}
+    kept = min(found, key=lambda i: (losses[i], -problem.throughput(problem.points[i], picked[i]), i))
+    unproven = [replace(o, status="feasible", bound=np.nan) if o.chosen else o for o in picked]
+    return build_solution(problem, unproven, kept, seconds=time.monotonic() - start, notes=notes)

@@ -1,20 +1,26 @@
 """The candidates of a search: every scored block of every layer, and the integer program over them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from fractions import Fraction
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from puzzle_dag.architecture import Architecture, Block
-from puzzle_dag.config import Objective
-from puzzle_dag.pieces import Place
-from puzzle_dag.search.limits import Limit, Measure, ScenarioError
+from puzzle_dag.config import LOSSES, Objective
+from puzzle_dag.search.limits import Limit, Measure, ScenarioError, SumLimit
 from puzzle_dag.search.program import Floats, Indices, Item, Program, Row
-from puzzle_dag.search.score import BlockScore
 
-ScoreTable = Sequence[Sequence[BlockScore]]
-"""Scores of each layer's blocks, layer by layer."""
+if TYPE_CHECKING:  # they bring tensors along, which a search doesn't need
+    from puzzle_dag.pieces import Place
+    from puzzle_dag.search.score import BlockScore
+
+ScoreTable = Sequence[Sequence["BlockScore"]]
+"""Scores of each layer's blocks, layer by layer; `task_scores.GradedBlockScore` among them bring lm-eval tasks along."""
+AnyLimit = Limit | SumLimit
+"""A bound of a cost, or of a summed score."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +33,14 @@ class Candidates:
     sweep differ while the sums stay.
     """
 
-    scores: tuple[BlockScore, ...]
+    scores: "tuple[BlockScore, ...]"
     blocks: tuple[Block, ...]
     items: tuple[Item, ...]
     parent: Architecture
-    pieces: tuple[tuple[int, Place, str], ...]
+    pieces: "tuple[tuple[int, Place, str], ...]"
     attention_pieces: Indices
     ffn_pieces: Indices
-    parent_lm_loss: tuple[float, ...]
+    parent_scores: "tuple[BlockScore, ...]"
     different_from: tuple[tuple[Architecture, int], ...] = ()
     max_distinct: int | None = None
     known_sums: dict[tuple[str, str, str, int, int], Floats] = field(default_factory=dict, compare=False)
@@ -59,7 +65,7 @@ class Candidates:
             tuple(index),
             np.array([index[p] for p in attentions]),
             np.array([index[p] for p in ffns]),
-            tuple(next(s.lm_loss for s in scores if s.block == parent_block.name) for scores in table),
+            tuple(next(s for s in scores if s.block == parent_block.name) for scores in table),
         )
 
     def restricted(self, kept: Sequence[int], *, max_distinct: int | None) -> "Candidates":
@@ -86,23 +92,44 @@ class Candidates:
         return len(self.parent)
 
     def costs(self, objective: Objective) -> Floats:
-        """Return what each candidate adds to the objective, nats or shares: its score's distance from the parent's.
+        """Return what each candidate adds to the objective's summed score. Raises ScenarioError for a score that isn't there."""
+        terms = [weight * self.losses(name) for name, weight in objective.weights.items()]
+        return sum(terms[1:], terms[0])
 
-        `kl` as it is; `lm_loss` as the increment over the parent's own block in the same layer; `top1_loss` as the
-        share of tokens without agreement.
+    def losses(self, score: str) -> Floats:
+        """Return what each candidate loses of one score: its distance from the parent's own block in the same layer.
+
+        `kl` in nats, as it is; `lm_loss` as the increment over the parent's, in nats; `top1_loss` as the share of
+        tokens without agreement; an lm-eval task as what the parent scores above it. Raises ScenarioError for a
+        score that the table hasn't.
         """
-        if objective.minimize == "kl":
+        if score == "kl":
             return np.array([s.kl for s in self.scores])
-        if objective.minimize == "top1_loss":
+        if score == "top1_loss":
             return np.array([1.0 - s.top1_agreement for s in self.scores])
-        return np.array([s.lm_loss - self.parent_lm_loss[s.layer] for s in self.scores])
+        if score == "lm_loss":
+            return np.array([s.lm_loss - self.parent_scores[s.layer].lm_loss for s in self.scores])
+        graded = [_tasks(s) for s in (*self.scores, *self.parent_scores)]
+        missing = [s for s, tasks in zip((*self.scores, *self.parent_scores), graded, strict=True) if score not in tasks]
+        if missing:
+            known = [*LOSSES, *sorted(set.intersection(*({*tasks} for tasks in graded)))]
+            near = get_close_matches(score, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else "."
+            where = f"layer {missing[0].layer}'s block {missing[0].block}"
+            raise ScenarioError(f"objective: {where} has no score {score!r}{hint} All blocks have {', '.join(known)}")
+        return np.array([self._parent_task(s.layer, score) - _tasks(s)[score] for s in self.scores])
 
-    def sums(self, limit: Limit) -> Floats:
+    def _parent_task(self, layer: int, task: str) -> float:
+        return _tasks(self.parent_scores[layer])[task]
+
+    def sums(self, limit: AnyLimit) -> Floats:
         """Return what each candidate adds to the sum behind a limit."""
-        return self.amounts(limit.measure)
+        return self.losses(limit.name) if isinstance(limit, SumLimit) else self.amounts(limit.measure)
 
-    def total(self, limit: Limit, chosen: Sequence[int]) -> Fraction:
+    def total(self, limit: AnyLimit, chosen: Sequence[int]) -> Fraction:
         """Return the exact sum behind a limit for chosen items."""
+        if isinstance(limit, SumLimit):
+            return _exact(self.losses(limit.name), chosen)
         return limit.measure.total(self.architecture(chosen))
 
     def amounts(self, measure: Measure) -> Floats:
@@ -115,10 +142,10 @@ class Candidates:
             self.known_sums[key] = amounts[self.attention_pieces] + amounts[self.ffn_pieces]
         return self.known_sums[key]
 
-    def row(self, limit: Limit) -> Row:
+    def row(self, limit: AnyLimit) -> Row:
         """Return a limit as a row of the program."""
         lower, upper = limit.sum_bounds()
-        constant = limit.measure.constant
+        constant = Fraction(0) if isinstance(limit, SumLimit) else limit.measure.constant
         return Row(
             limit.name,
             self.sums(limit),
@@ -126,7 +153,7 @@ class Candidates:
             np.inf if upper is None else float(upper - constant),
         )
 
-    def program(self, limits: Sequence[Limit]) -> Program:
+    def program(self, limits: Sequence[AnyLimit]) -> Program:
         """Return the program that these limits and the structure make."""
         rows = [self.row(limit) for limit in limits]
         for architecture, least in self.different_from:
@@ -139,14 +166,30 @@ class Candidates:
         assert [self.scores[i].layer for i in chosen] == list(range(self.num_layers))
         return tuple(self.blocks[i] for i in chosen)
 
-    def meets(self, limits: Sequence[Limit]) -> Callable[[tuple[int, ...]], bool]:
-        """Return the check that a choice meets the limits in exact arithmetic."""
+    def meets(self, limits: Sequence[AnyLimit]) -> Callable[[tuple[int, ...]], bool]:
+        """Return the check that a choice meets the limits, in exact arithmetic, and the structure."""
 
         def is_met(chosen: tuple[int, ...]) -> bool:
-            return all(limit.is_met(self.total(limit, chosen)) for limit in limits)
+            return self.has_structure(chosen) and all(limit.is_met(self.total(limit, chosen)) for limit in limits)
 
         return is_met
 
+    def has_structure(self, chosen: Sequence[int]) -> bool:
+        """Say whether a choice has few enough different blocks and differs enough from what it must differ from."""
+        own = self.architecture(chosen)
+        few = self.max_distinct is None or len(set(own)) <= self.max_distinct
+        return few and all(sum(a != b for a, b in zip(own, other, strict=True)) >= least for other, least in self.different_from)
+
     def exact_sum(self, costs: Floats, chosen: Sequence[int]) -> float:
         """Return the exact sum of chosen costs, rounded once."""
-        return float(sum((Fraction(float(costs[i])) for i in chosen), Fraction(0)))
+        return float(_exact(costs, chosen))
+
+
+def _exact(costs: Floats, chosen: Sequence[int]) -> Fraction:
+    return sum((Fraction(float(costs[i])) for i in chosen), Fraction(0))
+
+
+def _tasks(score: "BlockScore") -> Mapping[str, float]:
+    """Return a block's lm-eval scores by task, where it was graded (a GradedBlockScore)."""
+    found: Mapping[str, float] = getattr(score, "tasks", {})
+    return found

@@ -2,6 +2,10 @@
 
 Numbers are named by dotted paths ("metrics.kl_div", "stats.memory_mib"); a total is the sum over the layers. The
 layout is that of the Puzzle authors' own search; tables of (layer, variant, metric, value) rows work as well.
+
+A layer id "FIRST-LAST" of two other ids ("3-5", "layer_3-5", "layer_3-layer_5") is a run: its variants replace all
+layers from FIRST to LAST at once (a fused FFN, or nothing at all) and their numbers are those of the whole run. They
+compete with the single layers' variants in the same program.
 """
 
 import csv
@@ -18,7 +22,7 @@ import numpy as np
 import pyarrow.parquet as parquet
 
 from puzzle_dag.search.infeasible import explain_conflict
-from puzzle_dag.search.limits import ScenarioError, as_written
+from puzzle_dag.search.limits import ScenarioError, SumLimit, as_written
 from puzzle_dag.search.program import Floats, Item, Outcome, Program, Row, minimise
 
 ForeignLibrary = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -30,39 +34,33 @@ class ForeignLibraryError(ScenarioError):
     """A library, a metric's name or a number that can't be read."""
 
 
-@dataclass(frozen=True, slots=True)
-class ForeignLimit:
-    """A bound of a metric's sum over the layers."""
-
-    name: str
-    at_least: Fraction | None = None
-    at_most: Fraction | None = None
-
-    def sum_bounds(self) -> tuple[Fraction | None, Fraction | None]:
-        """Return (at_least, at_most)."""
-        return self.at_least, self.at_most
-
-    def with_sum_bounds(self, *, lower: bool, upper: bool) -> "ForeignLimit":
-        """Keep only the named bounds."""
-        return ForeignLimit(self.name, self.at_least if lower else None, self.at_most if upper else None)
-
-    def value(self, total: Fraction) -> Fraction:
-        """Return the total itself."""
-        return total
-
-    def is_met(self, total: Fraction) -> bool:
-        """Say whether a total lies within the bounds, exactly."""
-        return (self.at_least is None or total >= self.at_least) and (self.at_most is None or total <= self.at_most)
-
-    def describe(self) -> str:
-        """Return e.g. "stats.memory_mib at most 70000"."""
-        bounds = [f"{word} {float(b):.6g}" for word, b in (("at least", self.at_least), ("at most", self.at_most)) if b is not None]
-        return f"{self.name} {' and '.join(bounds)}"
+ForeignLimit = SumLimit
+"""A bound of a metric's sum over the layers."""
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
     """Sort "layer_2" before "layer_10"."""
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+
+
+_RUN = re.compile(r"(.*\d)-(.*\d)")
+
+
+def _ends_of_run(name: str, library: ForeignLibrary) -> tuple[str, str] | None:
+    """Return the first and the last layer of a run's id ("3-5", "layer_3-5"), None for the id of a single layer.
+
+    Raises ForeignLibraryError where one of the two isn't there: then it's a run of which an end is missing.
+    """
+    match = _RUN.fullmatch(name)
+    if match is None:
+        return None
+    first, written = match[1], match[2]
+    prefix = first.rstrip("0123456789")
+    last = written if written in library else prefix + written
+    if (first in library) != (last in library):
+        missing = last if first in library else first
+        raise ForeignLibraryError(f"{name!r} reads as a run of layers, but there is no layer {missing!r}; add it, or rename {name!r}")
+    return (first, last) if first in library else None
 
 
 def _numbers(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -78,12 +76,16 @@ def _numbers(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class ForeignCandidates:
-    """The variants of a foreign library, flat over the layers."""
+    """The variants of a foreign library, flat over the layers and the runs of layers.
+
+    `layers` are the ids of the single layers in order, `places` the id that each variant stands under: a layer's or a run's.
+    """
 
     layers: tuple[str, ...]
     variants: tuple[str, ...]
     items: tuple[Item, ...]
     numbers: tuple[Mapping[str, Any], ...]
+    places: tuple[str, ...] = ()
     earlier: tuple[tuple[tuple[int, ...], int], ...] = field(default=())
 
     @staticmethod
@@ -91,23 +93,36 @@ class ForeignCandidates:
         """Flatten a library, layers in natural order. Raises ForeignLibraryError for a layer without variants."""
         if not library:
             raise ForeignLibraryError("the library has no layers; give layer -> variant -> numbers")
-        layers = tuple(sorted(library, key=_natural))
-        variants, items, numbers = [], [], []
-        for index, layer in enumerate(layers):
-            if not isinstance(library[layer], Mapping) or not library[layer]:
-                raise ForeignLibraryError(f"layer {layer!r} has no variants; give variant -> numbers")
-            for variant in library[layer]:
-                content = library[layer][variant]
-                if not isinstance(content, Mapping):
-                    raise ForeignLibraryError(f"layer {layer!r}, variant {variant!r}: {content!r} is no mapping of names to numbers")
-                variants.append(variant)
-                items.append(Item(variant, (index,)))
-                numbers.append(_numbers(content))
-        return ForeignCandidates(layers, tuple(variants), tuple(items), tuple(numbers))
+        runs = {name: ends for name in library if (ends := _ends_of_run(name, library)) is not None}
+        layers = tuple(sorted((name for name in library if name not in runs), key=_natural))
+        covered: dict[str, tuple[int, ...]] = {name: (index,) for index, name in enumerate(layers)}
+        for name, (first, last) in runs.items():
+            if first in runs or last in runs or covered[first] >= covered[last]:
+                raise ForeignLibraryError(f"run {name!r} must go from one layer to a later one")
+            covered[name] = tuple(range(covered[first][0], covered[last][0] + 1))
+        found = ForeignCandidates(layers, (), (), ())
+        for place in sorted(library, key=lambda name: (covered[name][0], len(covered[name]))):
+            found = found._with_place(place, covered[place], library[place])
+        return found
+
+    def _with_place(self, place: str, layers: tuple[int, ...], variants: Any) -> "ForeignCandidates":
+        """Return the candidates with those of one layer or run. Raises ForeignLibraryError where they are none."""
+        if not isinstance(variants, Mapping) or not variants:
+            raise ForeignLibraryError(f"layer {place!r} has no variants; give variant -> numbers")
+        for variant, content in variants.items():
+            if not isinstance(content, Mapping):
+                raise ForeignLibraryError(f"layer {place!r}, variant {variant!r}: {content!r} is no mapping of names to numbers")
+        return replace(
+            self,
+            variants=(*self.variants, *variants),
+            items=(*self.items, *(Item(variant, layers) for variant in variants)),
+            numbers=(*self.numbers, *(_numbers(content) for content in variants.values())),
+            places=(*self.places, *(place for _ in variants)),
+        )
 
     def exact(self, metric: str, item: int) -> Fraction:
         """Return an item's number, as the decimal it was written as. Raises ForeignLibraryError."""
-        where = f"layer {self.layers[self.items[item].layers[0]]!r}, variant {self.variants[item]!r}"
+        where = f"layer {self.places[item]!r}, variant {self.variants[item]!r}"
         known = self.numbers[item]
         if metric not in known:
             near = get_close_matches(metric, known, n=1)
@@ -139,13 +154,18 @@ class ForeignCandidates:
             rows.append(Row(limit.name, self.sums(limit), lower, upper))
         for chosen, least in self.earlier:
             same = np.zeros(len(self.items))
-            same[list(chosen)] = 1.0
+            same[list(chosen)] = [len(self.items[i].layers) for i in chosen]  # a run that is chosen again repeats all its layers
             rows.append(Row("difference", same, upper=len(self.layers) - least))
         return Program(len(self.layers), self.items, tuple(rows))
 
     def meets(self, limits: Sequence[ForeignLimit]) -> Callable[[tuple[int, ...]], bool]:
-        """Return the exact check of a choice."""
-        return lambda chosen: all(limit.is_met(self.total(limit, chosen)) for limit in limits)
+        """Return the exact check of a choice: the bounds, and that every layer is covered once."""
+
+        def is_met(chosen: tuple[int, ...]) -> bool:
+            covered = [layer for i in chosen for layer in self.items[i].layers]
+            return covered == list(range(len(self.layers))) and all(limit.is_met(self.total(limit, chosen)) for limit in limits)
+
+        return is_met
 
 
 def read_foreign_library(path: Path) -> ForeignLibrary:
@@ -201,7 +221,7 @@ def _answer(candidates: ForeignCandidates, minimize: str, limits: Sequence[Forei
         "gap": (objective - bound) / (abs(objective) or 1.0),
         "seconds": outcome.seconds,
         "costs": totals,
-        "choices": {candidates.layers[candidates.items[i].layers[0]]: candidates.variants[i] for i in outcome.chosen},
+        "choices": {candidates.places[i]: candidates.variants[i] for i in outcome.chosen},
     }
 
 
@@ -239,7 +259,7 @@ def solve_foreign_library(
 
     Returns:
         JSON types: status ("optimal", "time_limit", "infeasible"), objective, bound, gap, seconds, costs (the bounded
-        metrics' sums) and choices (layer -> variant); with `num_solutions` above 1 a list of these under "solutions"
+        metrics' sums) and choices (layer or run -> variant); with `num_solutions` above 1 a list of these under "solutions"
         beside the status of the first. Where nothing meets the bounds: status, seconds, conflicting, nearest.
 
     Raises:

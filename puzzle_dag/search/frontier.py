@@ -1,19 +1,22 @@
 """The frontier: the least score that each value of one bound allows, swept over a range, the parent among the points."""
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from puzzle_dag.architecture import Block
-from puzzle_dag.config import ConstraintName, Scenario
+from puzzle_dag.config import Bound, ConstraintName, Scenario
 from puzzle_dag.piece_costs import PieceCosts
 from puzzle_dag.progress import Progress, silent
-from puzzle_dag.search.candidates import Candidates, ScoreTable
+from puzzle_dag.search.candidates import ScoreTable
 from puzzle_dag.search.infeasible import InfeasibleScenarioError
 from puzzle_dag.search.limits import ScenarioError, make_measure, target_costs
+from puzzle_dag.search.problem import Problem, keep_point, solve_points
+from puzzle_dag.search.program import Outcome
 from puzzle_dag.search.solution import Solution
-from puzzle_dag.search.solve import describe_architecture, solve_candidates
+from puzzle_dag.search.solve import build_solution, describe_architecture, prepare
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +53,7 @@ class FrontierPoint:
 def with_bound(scenario: Scenario, constraint: ConstraintName, value: float) -> Scenario:
     """Return the scenario with another value of a constraint's one bound. Raises ScenarioError where it has none or two."""
     bound = scenario.constraints.get(constraint)
-    if bound is None or (bound.at_least is None) == (bound.at_most is None):
+    if not isinstance(bound, Bound) or (bound.at_least is None) == (bound.at_most is None):
         raise ScenarioError(f"scenario {scenario.name}: constraints.{constraint} must have one bound, at_least or at_most, to be swept")
     side = "at_least" if bound.at_most is None else "at_most"
     swept = bound.model_copy(update={side: value})
@@ -65,6 +68,7 @@ def sweep(
     *,
     constraint: ConstraintName,
     values: Sequence[float],
+    earlier: Mapping[str, Scenario] | None = None,
     progress: Progress = silent,
 ) -> list[FrontierPoint]:
     """Solve a scenario at each value of one of its bounds, the others as they are.
@@ -76,6 +80,7 @@ def sweep(
         parent_block: the parent's own block.
         constraint: whose bound is swept.
         values: the bound's values, relative to the parent where the scenario's bound is.
+        earlier: as `solve_scenario`.
         progress: told the values done.
 
     Returns:
@@ -86,13 +91,17 @@ def sweep(
         ScenarioError: as `solve_scenario`, or the scenario does not bound the constraint on one side.
     """
     points = [parent_point(target_costs(scenario.target, costs), parent_block, len(scores))]
-    candidates = Candidates.of(scores, parent_block)
+    candidates = prepare(scores, costs, scenario, parent_block, earlier=earlier)
+    former: tuple[Problem, Sequence[Outcome]] | None = None
     for done, value in enumerate(values, start=1):
+        start, problem = time.monotonic(), Problem.of(with_bound(scenario, constraint, value), candidates, costs)
         try:
-            solution = solve_candidates(candidates, costs, with_bound(scenario, constraint, value))
+            outcomes = solve_points(problem, former=former)
         except InfeasibleScenarioError as error:
             _log.info("%s, %s %g: %s", scenario.name, constraint, value, error)
         else:
+            former = (problem, outcomes)
+            solution = build_solution(problem, outcomes, keep_point(problem, outcomes), seconds=time.monotonic() - start)
             points.append(FrontierPoint(value, solution.objective, solution.batch, solution.predicted, solution))
         progress(done, len(values), "points")
     return points

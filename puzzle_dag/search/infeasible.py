@@ -1,6 +1,6 @@
 """Why a scenario can't be met: a smallest set of conflicting constraints, and how near one can come."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
@@ -97,19 +97,26 @@ class InfeasibleScenarioError(ScenarioError):
     Attributes:
         constraint: the constraint that comes nearest to being met; None where the structure alone allows nothing.
         best_value: the best that it can be while the others are met, in its own unit.
-        batch: the batch size at which that is.
-        conflicting: a smallest set of constraints that can't be met together at that batch size.
+        batch: the batch size at which that is, on the scenario's own target.
+        batches: the batch sizes on all targets, the scenario's own first.
+        conflicting: a smallest set of constraints that can't be met together at these batch sizes.
         nearest: best reachable value of each constraint in `conflicting`, the others met.
+        rows: the same as rows for people: constraint, what is asked, the best that can be had, what is met then.
     """
 
-    def __init__(self, scenario: str, batch: int, conflict: Sequence[LimitT], nearest: Sequence[Nearest[LimitT]]) -> None:
+    def __init__(self, scenario: str, batches: Mapping[str, int], conflict: Sequence[LimitT], nearest: Sequence[Nearest[LimitT]]) -> None:
         closest = min(nearest, key=lambda n: n.shortfall, default=None)
         self.constraint: str | None = None if closest is None else closest.limit.name
         self.best_value: float | None = None if closest is None else closest.value
-        self.batch = batch
+        self.batches = dict(batches)
+        self.batch = next(iter(self.batches.values()))
         self.conflicting: tuple[str, ...] = tuple(limit.name for limit in conflict)
         self.nearest: Mapping[str, float] = {n.limit.name: n.value for n in nearest}
-        lines = [f"scenario {scenario}: no architecture meets it, at any batch size; the nearest is batch {batch}."]
+        self.rows = tuple(
+            {"constraint": n.limit.name, "asked": n.limit.describe(), "best": n.value, "while met": ", ".join(n.others)} for n in nearest
+        )
+        elsewhere = "".join(f", {b} on {target}" for target, b in list(self.batches.items())[1:])
+        lines = [f"scenario {scenario}: no architecture meets it, at any batch size; the nearest is batch {self.batch}{elsewhere}."]
         if not nearest:
             lines = [f"scenario {scenario}: its structure (fixed, forbidden or counted blocks, difference) allows no architecture."]
         for n in sorted(nearest, key=lambda n: n.shortfall):
@@ -129,11 +136,20 @@ def is_feasible(candidates: Searchable[LimitT], limits: Sequence[LimitT]) -> boo
     return bool(_solve(candidates, limits, np.zeros(len(candidates.items))).chosen)
 
 
-def smallest_conflict(candidates: Searchable[LimitT], limits: Sequence[LimitT]) -> tuple[LimitT, ...]:
-    """Return a smallest subset of the limits that can't be met together; empty where they can, or where even none can."""
+def smallest_conflict(
+    candidates: Searchable[LimitT], limits: Sequence[LimitT], known: dict[Hashable, bool] | None = None
+) -> tuple[LimitT, ...]:
+    """Return a smallest subset of the limits that can't be met together; empty where they can, or where even none can.
+
+    `known` remembers which sets of limits can be met, for callers that ask again with some of the same limits.
+    """
+    known = {} if known is None else known
     for size in range(len(limits) + 1):
         for subset in combinations(limits, size):
-            if not is_feasible(candidates, subset):
+            key = frozenset((limit.describe(), limit.at_least, limit.at_most) for limit in subset)
+            if key not in known:
+                known[key] = is_feasible(candidates, subset)
+            if not known[key]:
                 return subset
     return ()
 
@@ -158,13 +174,13 @@ def nearest_value(candidates: Searchable[LimitT], limit: LimitT, others: Sequenc
 
 
 def explain_conflict(
-    candidates: Searchable[LimitT], limits: Sequence[LimitT]
+    candidates: Searchable[LimitT], limits: Sequence[LimitT], known: dict[Hashable, bool] | None = None
 ) -> tuple[tuple[LimitT, ...], list[Nearest[LimitT]]]:
     """Return a smallest conflicting set of limits that can't all be met, and how near each of its members can come.
 
     Each member is optimised with all other limits met, or, where these conflict as well, with the others of the set.
     """
-    conflict = smallest_conflict(candidates, limits)
+    conflict = smallest_conflict(candidates, limits, known)
     nearest = []
     for limit in conflict:
         others = [other for other in limits if other is not limit]
@@ -177,14 +193,16 @@ def explain_conflict(
     return conflict, nearest
 
 
-def explain(scenario: str, candidates: Searchable[LimitT], limits: Mapping[int, Sequence[LimitT]]) -> InfeasibleScenarioError:
-    """Return the error of a scenario that is infeasible at every batch size, told at the batch size that comes nearest.
+def explain(
+    scenario: str, candidates: Searchable[LimitT], points: Sequence[tuple[Mapping[str, int], Sequence[LimitT]]]
+) -> InfeasibleScenarioError:
+    """Return the error of a scenario that is infeasible at every point, told at the one that comes nearest.
 
     Args:
         scenario: its name.
         candidates: what was searched.
-        limits: batch size -> the limits there.
+        points: batch sizes by target, and the limits there.
     """
-    explained = {batch: explain_conflict(candidates, at_batch) for batch, at_batch in limits.items()}
-    batch = min(explained, key=lambda b: min((n.shortfall for n in explained[b][1]), default=np.inf))
-    return InfeasibleScenarioError(scenario, batch, *explained[batch])
+    known: dict[Hashable, bool] = {}
+    explained = [(batches, *explain_conflict(candidates, limits, known)) for batches, limits in points]
+    return InfeasibleScenarioError(scenario, *min(explained, key=lambda e: min((n.shortfall for n in e[2]), default=np.inf)))

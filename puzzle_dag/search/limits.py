@@ -5,17 +5,18 @@ seconds, bytes, counts. A `Measure` is such a quantity at one point (target, bat
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import get_args
+from typing import Literal, get_args
 
 from puzzle_dag.architecture import Architecture, Block
-from puzzle_dag.config import Bound, ConstraintName, Scenario
+from puzzle_dag.config import ConstraintName
+from puzzle_dag.config.scenario import TIMED
 from puzzle_dag.piece_costs import PieceCost, PieceCosts
 
 ALL_NAMES: tuple[ConstraintName, ...] = get_args(ConstraintName)
-TIMED: tuple[ConstraintName, ...] = ("throughput_tokens_per_s", "latency_s", "ttft_s", "tpot_s")
-"""Quantities that were measured at the target's batch sizes and lengths, and only there."""
+Side = Literal["at_least", "at_most"]
+SIDES: tuple[Side, ...] = ("at_least", "at_most")
 
 
 class ScenarioError(ValueError):
@@ -96,16 +97,17 @@ class Measure:
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """Bounds of a measure, in its own unit (tokens a second, seconds, bytes, counts)."""
+    """Bounds of a measure, in its own unit (tokens a second, seconds, bytes, counts); equal ones for an equality."""
 
     measure: Measure
     at_least: Fraction | None
     at_most: Fraction | None
+    label: str = ""
 
     @property
-    def name(self) -> ConstraintName:
-        """The constraint's name."""
-        return self.measure.name
+    def name(self) -> str:
+        """What the limit is called: its label, e.g. "latency_s on cpu-chat", or the constraint's name alone."""
+        return self.label or self.measure.name
 
     def sum_bounds(self) -> tuple[Fraction | None, Fraction | None]:
         """Return the bounds (lower, upper) of the sum behind the measure, the constant included."""
@@ -118,7 +120,11 @@ class Limit:
         """Keep only the named bounds of the sum (a rate's upper bound is the lower one of its time)."""
         if self.measure.is_rate:
             lower, upper = upper, lower
-        return Limit(self.measure, self.at_least if lower else None, self.at_most if upper else None)
+        return replace(self, at_least=self.at_least if lower else None, at_most=self.at_most if upper else None)
+
+    def with_bound(self, side: Side, value: Fraction) -> "Limit":
+        """Return the limit with another bound."""
+        return replace(self, at_least=value) if side == "at_least" else replace(self, at_most=value)
 
     def value(self, total: Fraction) -> Fraction | float:
         """Return the quantity that a sum stands for."""
@@ -131,8 +137,47 @@ class Limit:
 
     def describe(self) -> str:
         """Return e.g. "memory_bytes at most 1.2e+09 (batch 32, length 256)"."""
-        bounds = [f"{word} {float(b):.6g}" for word, b in (("at least", self.at_least), ("at most", self.at_most)) if b is not None]
-        return f"{self.name} {' and '.join(bounds)} ({describe_point(self.measure)})"
+        return f"{self.measure.name} {describe_bounds(self.at_least, self.at_most)} ({describe_point(self.measure)})"
+
+
+@dataclass(frozen=True, slots=True)
+class SumLimit:
+    """Bounds of a plain sum over the chosen items: of a score, or of a number in a foreign library."""
+
+    name: str
+    at_least: Fraction | None = None
+    at_most: Fraction | None = None
+
+    def sum_bounds(self) -> tuple[Fraction | None, Fraction | None]:
+        """Return (at_least, at_most)."""
+        return self.at_least, self.at_most
+
+    def with_sum_bounds(self, *, lower: bool, upper: bool) -> "SumLimit":
+        """Keep only the named bounds."""
+        return SumLimit(self.name, self.at_least if lower else None, self.at_most if upper else None)
+
+    def with_bound(self, side: Side, value: Fraction) -> "SumLimit":
+        """Return the limit with another bound."""
+        return replace(self, at_least=value) if side == "at_least" else replace(self, at_most=value)
+
+    def value(self, total: Fraction) -> Fraction:
+        """Return the total itself."""
+        return total
+
+    def is_met(self, total: Fraction) -> bool:
+        """Say whether a total lies within the bounds, exactly."""
+        return (self.at_least is None or total >= self.at_least) and (self.at_most is None or total <= self.at_most)
+
+    def describe(self) -> str:
+        """Return e.g. "stats.memory_mib at most 70000"."""
+        return f"{self.name} {describe_bounds(self.at_least, self.at_most)}"
+
+
+def describe_bounds(at_least: Fraction | None, at_most: Fraction | None) -> str:
+    """Return e.g. "at least 2 and at most 3", or "equal to 2"."""
+    if at_least is not None and at_least == at_most:
+        return f"equal to {float(at_least):.6g}"
+    return " and ".join(f"{word} {float(b):.6g}" for word, b in (("at least", at_least), ("at most", at_most)) if b is not None)
 
 
 def describe_point(measure: Measure) -> str:
@@ -160,75 +205,14 @@ def make_measure(name: ConstraintName, costs: PieceCosts, batch: int, *, length:
     return Measure(name, costs, batch, lengths if length is None else length)
 
 
-def solved_batches(scenario: Scenario, costs: PieceCosts) -> tuple[int, ...]:
-    """Return the batch sizes that a scenario may be served at. Raises ScenarioError for one that was not measured."""
-    if scenario.batch_sizes == "all":
-        return costs.batch_sizes
-    unknown = sorted(set(scenario.batch_sizes) - set(costs.batch_sizes))
-    if unknown:
-        measured = ", ".join(map(str, costs.batch_sizes))
-        raise ScenarioError(f"batch_sizes: target {costs.target} was not measured at {unknown[0]}; measured are {measured}")
-    return tuple(sorted(set(scenario.batch_sizes)))
-
-
-def _parent_value(measure: Measure, bound: Bound, parent: Architecture, scenario: Scenario) -> Fraction:
-    """Return the parent's own value that a relative bound is a multiple of.
-
-    Throughput without a stated batch: the parent at its own best batch size, among those at which it fits where the
-    scenario bounds memory in bytes. Everything else: at the very point of the measure.
-    """
-    if not measure.is_rate or bound.at is not None:
-        value = measure.value(measure.total(parent))
-    else:
-        value = max(candidate.value(candidate.total(parent)) for candidate in _fitting(measure, parent, scenario))
-    if value == float("inf"):
-        raise ScenarioError(f"constraints.{measure.name}: the parent takes no time on target {measure.costs.target}; measure it again")
-    return Fraction(value)
-
-
-def _fitting(measure: Measure, parent: Architecture, scenario: Scenario) -> list[Measure]:
-    costs = measure.costs
-    candidates = [make_measure(measure.name, costs, batch) for batch in solved_batches(scenario, costs)]
-    memory = scenario.constraints.get("memory_bytes")
-    if memory is None or memory.at_most is None or memory.relative_to is not None or memory.at is not None:
-        return candidates
-    most = as_written(memory.at_most)
-    fitting = [c for c in candidates if make_measure("memory_bytes", costs, c.batch).total(parent) <= most]
-    if not fitting:
-        least = min(make_measure("memory_bytes", costs, c.batch).total(parent) for c in candidates)
-        raise ScenarioError(
-            f"constraints.{measure.name} is relative to the parent, but the parent needs {int(least)} bytes at the smallest batch and "
-            f"memory_bytes allows {float(most):.6g}; give the throughput in tokens a second, or state `at: {{batch: ...}}`"
-        )
-    return fitting
-
-
-def _bound_at(value: float | None, factor: Fraction) -> Fraction | None:
-    return None if value is None else as_written(value) * factor
-
-
-def scenario_limits(scenario: Scenario, costs: Mapping[str, PieceCosts], batch: int, parent: Architecture) -> tuple[Limit, ...]:
-    """Return a scenario's limits for a model that is served at `batch`, bounds relative to the parent resolved.
-
-    Raises:
-        ScenarioError: a batch or a target that was not measured, or a bound that has no meaning on this target.
-    """
-    limits = []
-    own = target_costs(scenario.target, costs)
-    for name in sorted(scenario.constraints):
-        bound = scenario.constraints[name]
-        at = bound.at
-        measure = make_measure(name, own, batch if at is None else at.batch, length=None if at is None else at.length)
-        factor = _parent_value(measure, bound, parent, scenario) if bound.relative_to == "parent" else Fraction(1)
-        limits.append(Limit(measure, _bound_at(bound.at_least, factor), _bound_at(bound.at_most, factor)))
-    return tuple(limits)
-
-
 def target_costs(target: str, costs: Mapping[str, PieceCosts]) -> PieceCosts:
     """Return a target's costs. Raises ScenarioError, with the way to get them, where there are none."""
     if target not in costs:
         known = ", ".join(sorted(costs)) or "none"
-        raise ScenarioError(f"target {target!r} has no costs (there are: {known}); measure it by materializing block_costs for this target")
+        raise ScenarioError(
+            f"target {target!r} has no costs (there are: {known}); name it among the profile's targets, and `python -m assets refresh` "
+            "measures it (block_costs)"
+        )
     return costs[target]
 
 

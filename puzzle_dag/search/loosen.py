@@ -3,87 +3,57 @@
 An integer program has no shadow prices: how much quality one more GiB buys is only known by solving with it.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from fractions import Fraction
 
-from puzzle_dag.architecture import Block
-from puzzle_dag.config import ConstraintName, Scenario
-from puzzle_dag.piece_costs import PieceCosts
-from puzzle_dag.search.candidates import Candidates, ScoreTable
+from puzzle_dag.search.candidates import AnyLimit
+from puzzle_dag.search.limits import Limit, Side, as_written
+from puzzle_dag.search.problem import Problem, keep_point, solve_points
 from puzzle_dag.search.program import GAP
-from puzzle_dag.search.solution import Solution
-from puzzle_dag.search.solve import solve_candidates
-from puzzle_dag.search.structure import Structure
+from puzzle_dag.search.solution import Loosened, Solution
 
 
-@dataclass(frozen=True, slots=True)
-class Loosened:
-    """One bound loosened, all others as they are.
-
-    Attributes:
-        constraint: its name.
-        side: "at_least" or "at_most".
-        bound: as the scenario writes it.
-        loosened: what it was set to.
-        change: the loosening in the constraint's own unit (bytes, seconds, tokens a second).
-        objective: the objective then.
-        gain: by how much the objective falls; 0 where the bound doesn't bind.
-    """
-
-    constraint: str
-    side: str
-    bound: float
-    loosened: float
-    change: float
-    objective: float
-    gain: float
-
-    @property
-    def is_binding(self) -> bool:
-        """Whether loosening the bound buys anything beyond the proven gap."""
-        return self.gain > GAP * max(abs(self.objective), abs(self.objective + self.gain))
+def _loosen(limit: AnyLimit, side: Side, share: Fraction) -> AnyLimit:
+    """Return the limit with one bound moved outwards by a share of its value; a count of layers by one at least."""
+    bound = limit.at_least if side == "at_least" else limit.at_most
+    assert bound is not None, "only bounds that there are get loosened"
+    change = abs(bound) * share
+    if isinstance(limit, Limit) and limit.measure.name == "num_attention_layers":
+        change = Fraction(max(1, math.ceil(change)))
+    if side == "at_most":
+        return limit.with_bound(side, bound + change)
+    return limit.with_bound(side, max(Fraction(0), bound - change))
 
 
-def _loosened(scenario: Scenario, name: ConstraintName, side: str, value: float) -> Scenario:
-    bound = scenario.constraints[name].model_copy(update={side: value})
-    return scenario.model_copy(update={"constraints": {**scenario.constraints, name: bound}})
+def _reach(problem: Problem, time_limit_s: float) -> float:
+    """Return the value of the objective that can be reached."""
+    outcomes = solve_points(problem, time_limit_s=time_limit_s)
+    kept = keep_point(problem, outcomes)
+    return problem.goal(problem.points[kept]).value(problem.candidates, outcomes[kept].chosen)
 
 
-def loosen_each(
-    scores: ScoreTable,
-    costs: Mapping[str, PieceCosts],
-    scenario: Scenario,
-    parent_block: Block,
-    solution: Solution,
-    *,
-    share: float = 0.05,
-    structure: Structure | None = None,
-) -> list[Loosened]:
+def loosen_each(problem: Problem, solution: Solution, *, share: float = 0.05, time_limit_s: float = 600.0) -> tuple[Loosened, ...]:
     """Loosen each bound by `share` of its value, alone, and solve again.
 
     Args:
-        scores: as `solve_scenario`.
-        costs: as `solve_scenario`.
-        scenario: the scenario that `solution` solves.
-        parent_block: the parent's own block.
+        problem: what `solution` solves; constraints and budgets of quality are loosened alike.
         solution: the answer with all bounds in force.
-        share: by how much a bound is loosened, as a share of it.
-        structure: that `solution` was found under.
+        share: by how much a bound is loosened, as a share of it; a count of layers by one layer at least.
+        time_limit_s: for each program.
 
     Returns:
         One entry a bound, the largest gain first.
     """
-    candidates = (structure or Structure()).apply(Candidates.of(scores, parent_block))
-    resolved = {limit.name: limit for limit in solution.limits}
-    out = []
-    for name, bound in scenario.constraints.items():
-        for side, sign in (("at_least", -1), ("at_most", 1)):
-            value = getattr(bound, side)
-            if value is None:
-                continue
-            loosened = value * (1 + sign * share)
-            found = solve_candidates(candidates, costs, _loosened(scenario, name, side, loosened))
-            change = getattr(resolved[name], side) * share
-            gain = max(0.0, solution.objective - found.objective)
-            out.append(Loosened(name, side, value, loosened, change, found.objective, gain))
-    return sorted(out, key=lambda entry: -entry.gain)
+    kept = next(p for p in problem.points if dict(p.batches) == {k: solution.batch_sizes[k] for k in p.batches})
+    goal, limits = problem.goal(kept), [problem.limits(point) for point in problem.points]
+    value = solution.objective if goal.measure is None else goal.measure.of(solution.architecture)
+    found = []
+    for index, side in problem.sides():
+        changed = [[_loosen(x, side, as_written(share)) if i == index else x for i, x in enumerate(own)] for own in limits]
+        reached = _reach(problem.with_limits(changed), time_limit_s)
+        before = problem.limits(kept)[index]
+        bound, loosened = float(getattr(before, side)), float(getattr(_loosen(before, side, as_written(share)), side))
+        gain = max(0.0, goal.loss(value) - goal.loss(reached))
+        is_binding = gain > GAP * max(abs(value), abs(reached))
+        found.append(Loosened(before.name, side, bound, loosened, abs(loosened - bound), reached, gain, is_binding))
+    return tuple(sorted(found, key=lambda entry: -entry.gain))

@@ -1,17 +1,13 @@
-"""What an architecture must look like, whatever it costs: fixed or forbidden blocks, sameness, difference, pools."""
+"""What an architecture must look like, whatever it costs: fixed or forbidden blocks, sameness, difference."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from puzzle_dag.architecture import Architecture, Block
-from puzzle_dag.config import Scenario
-from puzzle_dag.piece_costs import PieceCosts
-from puzzle_dag.search.candidates import Candidates, ScoreTable
-from puzzle_dag.search.infeasible import InfeasibleScenarioError
+from puzzle_dag.architecture import Architecture
+from puzzle_dag.config import StructureSettings
+from puzzle_dag.search.candidates import Candidates
 from puzzle_dag.search.limits import ScenarioError
-from puzzle_dag.search.solution import Solution
-from puzzle_dag.search.solve import solve_candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +31,32 @@ class Structure:
     max_distinct: int | None = None
     different_from: tuple[Architecture, ...] = ()
     min_different_layers: int = 1
+
+    @staticmethod
+    def of(settings: StructureSettings, candidates: Candidates, different_from: tuple[Architecture, ...] = ()) -> "Structure":
+        """Return a scenario's structure.
+
+        Args:
+            settings: as written.
+            candidates: all that there are; a pattern that forbids none of them is a mistake.
+            different_from: the answers of the scenarios that `settings` names.
+
+        Raises:
+            ScenarioError: a forbidden pattern matches no block, or more layers must differ than there are.
+        """
+        num_layers = candidates.num_layers
+        if settings.different_from and settings.min_different_layers > num_layers:
+            raise ScenarioError(f"structure.min_different_layers is {settings.min_different_layers}; the parent has {num_layers} layers")
+        forbidden = {None if layer == "all" else layer: patterns for layer, patterns in settings.forbidden.items()}
+        for layer, patterns in forbidden.items():
+            names = sorted({s.block for s in candidates.scores if layer in (None, s.layer)})
+            for pattern in patterns:
+                if names and not any(fnmatchcase(name, pattern) for name in names):
+                    where = "all" if layer is None else layer
+                    raise ScenarioError(f"structure.forbidden.{where}: {pattern!r} matches no block; there are {', '.join(names)}")
+        return Structure(
+            settings.fixed, forbidden, settings.homogeneous, settings.max_distinct, different_from, settings.min_different_layers
+        )
 
     def allows(self, layer: int, block: str) -> bool:
         """Say whether a layer may have a block."""
@@ -63,47 +85,3 @@ class Structure:
         for architecture in self.different_from:
             restricted = restricted.differing(architecture, self.min_different_layers)
         return restricted
-
-
-def solve_pool(
-    scores: ScoreTable,
-    costs: Mapping[str, PieceCosts],
-    scenario: Scenario,
-    parent_block: Block,
-    *,
-    num_solutions: int,
-    min_different_layers: int = 1,
-    structure: Structure | None = None,
-) -> list[Solution]:
-    """Return the best solution, the best that differs from it enough, the best that differs from both, and so on.
-
-    With `min_different_layers` = 1 these are the N best architectures. Diversity as in Puzzle's appendix B.
-
-    Args:
-        scores: as `solve_scenario`.
-        costs: as `solve_scenario`.
-        scenario: as `solve_scenario`.
-        parent_block: the parent's own block.
-        num_solutions: how many to return; fewer where no more exist.
-        min_different_layers: layers in which any two solutions differ at least.
-        structure: further conditions.
-
-    Raises:
-        ScenarioError: as `solve_scenario`; InfeasibleScenarioError where there is not even one solution.
-    """
-    num_layers = len(scores)
-    if num_solutions < 1 or not 1 <= min_different_layers <= num_layers:
-        raise ScenarioError(
-            f"num_solutions is {num_solutions} and min_different_layers {min_different_layers}; give 1 or more, and 1 to {num_layers}"
-        )
-    candidates = (structure or Structure()).apply(Candidates.of(scores, parent_block))
-    solutions: list[Solution] = []
-    while len(solutions) < num_solutions:
-        try:
-            solutions.append(solve_candidates(candidates, costs, scenario))
-        except InfeasibleScenarioError:
-            if not solutions:
-                raise
-            break
-        candidates = candidates.differing(solutions[-1].architecture, min_different_layers)
-    return solutions

@@ -1,0 +1,145 @@
+"""A scenario made ready to be solved: its candidates, its structure, and its limits at every combination of batch sizes."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from puzzle_dag.config import Scenario
+from puzzle_dag.piece_costs import PieceCosts
+from puzzle_dag.search.candidates import AnyLimit, Candidates
+from puzzle_dag.search.goal import Goal, quality_budgets
+from puzzle_dag.search.infeasible import InfeasibleScenarioError, explain
+from puzzle_dag.search.limits import SIDES, Limit, Side, SumLimit, make_measure, target_costs
+from puzzle_dag.search.points import Point, scenario_points
+from puzzle_dag.search.program import GAP, Outcome, SolverError, minimise
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What is solved for a scenario.
+
+    Attributes:
+        scenario: what is asked.
+        candidates: what may be chosen, the structure with them.
+        costs: of the scenario's own target.
+        points: combinations of batch sizes; each is a program of its own.
+        budgets: of summed scores; they hold at every point.
+    """
+
+    scenario: Scenario
+    candidates: Candidates
+    costs: PieceCosts
+    points: tuple[Point, ...]
+    budgets: tuple[SumLimit, ...] = ()
+
+    @staticmethod
+    def of(scenario: Scenario, candidates: Candidates, costs: Mapping[str, PieceCosts]) -> "Problem":
+        """Resolve a scenario's limits. Raises ScenarioError where what it asks was not measured."""
+        return Problem(
+            scenario,
+            candidates,
+            target_costs(scenario.target, costs),
+            tuple(scenario_points(scenario, costs, candidates.parent)),
+            quality_budgets(scenario.objective),
+        )
+
+    def limits(self, point: Point) -> tuple[AnyLimit, ...]:
+        """Return all that must hold at a point: the constraints, then the budgets of quality."""
+        return (*point.limits, *self.budgets)
+
+    def goal(self, point: Point) -> Goal:
+        """Return what is optimised at a point."""
+        return Goal.of(self.scenario, self.costs, point.batch)
+
+    def throughput(self, point: Point, outcome: Outcome) -> float:
+        """Return the tokens a second of a choice on the scenario's own target."""
+        return make_measure("throughput_tokens_per_s", self.costs, point.batch).of(self.candidates.architecture(outcome.chosen))
+
+    def sides(self) -> list[tuple[int, Side]]:
+        """Return every bound there is, as the index of its limit and its side."""
+        limits = self.limits(self.points[0])
+        return [(index, side) for index, limit in enumerate(limits) for side in SIDES if getattr(limit, side) is not None]
+
+    def with_limits(self, limits: Sequence[Sequence[AnyLimit]]) -> "Problem":
+        """Return the problem with other limits, constraints and budgets, a sequence for each point."""
+        points = [replace(p, limits=tuple(x for x in own if isinstance(x, Limit))) for p, own in zip(self.points, limits, strict=True)]
+        return replace(self, points=tuple(points), budgets=tuple(x for x in limits[0] if isinstance(x, SumLimit)))
+
+
+def _narrows(new: AnyLimit, old: AnyLimit) -> bool:
+    """Say whether whatever lies within `new` lies within `old`, too."""
+    lower = old.at_least is None or (new.at_least is not None and new.at_least >= old.at_least)
+    upper = old.at_most is None or (new.at_most is not None and new.at_most <= old.at_most)
+    return lower and upper
+
+
+def _carried_over(problem: Problem, former: Problem, outcomes: Sequence[Outcome], index: int) -> Outcome | None:
+    """Return a point's outcome where the former problem's settles it, None where it must be solved.
+
+    With limits that are nowhere wider, what was infeasible still is, and the best choice is still the best if it
+    meets them.
+    """
+    point, old = problem.points[index], outcomes[index]
+    if not all(_narrows(a, b) for a, b in zip(problem.limits(point), former.limits(former.points[index]), strict=True)):
+        return None
+    if old.status == "infeasible":
+        return Outcome("infeasible")
+    is_best = old.status == "optimal" and problem.candidates.meets(problem.limits(point))(old.chosen)
+    return replace(old, seconds=0.0) if is_best else None
+
+
+def solve_points(
+    problem: Problem, *, time_limit_s: float = 600.0, former: tuple[Problem, Sequence[Outcome]] | None = None
+) -> list[Outcome]:
+    """Solve the program of every point, to a proven gap each.
+
+    Args:
+        problem: what is solved.
+        time_limit_s: for each point.
+        former: the same problem with other bounds, and its outcomes, which may settle some points here.
+
+    Raises:
+        InfeasibleScenarioError: no point can be met.
+        SolverError: nothing was found, and time ran out somewhere.
+    """
+    outcomes, name = list[Outcome](), problem.scenario.name
+    for index, point in enumerate(problem.points):
+        if former is not None and (settled := _carried_over(problem, *former, index)) is not None:
+            outcomes.append(settled)
+            continue
+        limits, values = problem.limits(point), problem.goal(point).costs(problem.candidates)
+        outcome = minimise(problem.candidates.program(limits), values, is_met=problem.candidates.meets(limits), time_limit_s=time_limit_s)
+        _log.debug("%s, batch %s: %s in %.2f s", name, dict(point.batches), outcome.status, outcome.seconds)
+        outcomes.append(outcome)
+    if not any(outcome.chosen for outcome in outcomes):
+        if any(outcome.status == "time_limit" for outcome in outcomes):
+            raise SolverError(f"scenario {name}: nothing found in {time_limit_s:g} s; raise the time limit or loosen a constraint")
+        raise explain_problem(problem)
+    return outcomes
+
+
+def explain_problem(problem: Problem) -> InfeasibleScenarioError:
+    """Return the error of a problem that is infeasible at every point: what conflicts, and how near one can come."""
+    return explain(problem.scenario.name, problem.candidates, [(p.batches, problem.limits(p)) for p in problem.points])
+
+
+def keep_point(problem: Problem, outcomes: Sequence[Outcome]) -> int:
+    """Return the index of the point to keep.
+
+    The one with the best value of the goal; among those within the proven gap of it the one with the least summed
+    score, then the highest throughput, then the smallest batch sizes.
+    """
+    found = [i for i, outcome in enumerate(outcomes) if outcome.chosen]
+    losses = {}
+    for i in found:
+        goal = problem.goal(problem.points[i])
+        losses[i] = goal.loss(goal.value(problem.candidates, outcomes[i].chosen))
+    least = min(losses.values())
+    tied = [i for i in found if losses[i] <= least + GAP / 2 * abs(least)]
+    if problem.scenario.objective.quantity is not None:
+        values = problem.candidates.costs(problem.scenario.objective)
+        scores = {i: problem.candidates.exact_sum(values, outcomes[i].chosen) for i in tied}
+        tied = [i for i in tied if scores[i] == min(scores.values())]
+    return min(tied, key=lambda i: (-problem.throughput(problem.points[i], outcomes[i]), i))

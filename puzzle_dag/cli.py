@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from puzzle_dag.cli_children import add_commands
 from puzzle_dag.report.tables import format_bytes, format_seconds, text_table
 
 
@@ -180,6 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     estimate.add_argument("--target", required=True, help="name of a file in conf/targets")
     estimate.add_argument("--out", type=Path, help="Parquet file for the table")
     estimate.set_defaults(run=_estimate)
+    add_commands(commands)
     return parser
 
 

@@ -5,41 +5,66 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from puzzle_dag.children.export import export_deci
+from puzzle_dag.children.fuse import fuse_model
 from puzzle_dag.model.checkpoint import save_checkpoint
+from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 
 pytest.importorskip("vllm")
 
-# Every kind of place; the first thing that runs is not an attention; 1, 2 and 4 KV heads side by side.
-_MIXED = ("noop/noop", "noop/w64", "kv4/w128", "linear/noop", "kv2/linear", "kv1/w32")
+# Every kind of place; the first thing that runs is not an attention; 1, 2 and 4 KV heads side by side; and, where a run is given,
+# its FFNs fused into one that is wider than the parent's.
+_MIXED = ("noop/noop", "noop/w64", "kv4/w128", "linear/noop", "kv2/linear", "kv1/w32", "noop/w128", "noop/w64")
+# What stock vLLM's DeciLM can compute.
+_DECI = ("noop/noop", "kv4/w128", "noop/w96", "kv1/noop", "noop/noop", "kv2/w32")
 _EAGER = {
-    "llama": ("llama", _MIXED),
-    "mistral": ("mistral", _MIXED),
-    "qwen2": ("qwen2", _MIXED),
-    "qwen3": ("qwen3", _MIXED),
-    "no attention": ("llama", ("noop/w64", "linear/w32")),
-    "nothing": ("llama", ("noop/noop", "noop/noop")),
+    "llama": ("llama", _MIXED, range(5, 8)),
+    "mistral": ("mistral", _MIXED, range(5, 8)),
+    "qwen2": ("qwen2", _MIXED, range(5, 8)),
+    "qwen3": ("qwen3", _MIXED, range(5, 8)),
+    "no attention": ("llama", ("noop/w64", "linear/w32"), None),
+    "nothing": ("llama", ("noop/noop", "noop/noop"), None),
+    "exported": ("llama", _DECI, range(1, 3)),
 }
 _NUM_NEW = 10
 MakeChild = Callable[..., PuzzleDagForCausalLM]
 Served = list[list[dict[str, Any]]]
 
 
-def _serve(models: list[PuzzleDagForCausalLM], options: dict[str, Any], tokenizer: Any, folder: Path) -> Served:
+def _serve(
+    models: list[PuzzleDagForCausalLM],
+    options: dict[str, Any],
+    tokenizer: Any,
+    folder: Path,
+    *,
+    exported: Sequence[int] = (),
+    plugins: bool = True,
+    multiprocess: bool = False,
+) -> Served:
+    """Serve models one after the other by one process; those of index in `exported` as exports in the Deci schema."""
     jobs = []
     for index, model in enumerate(models):
-        save_checkpoint(model, tokenizer, folder / f"child{index}")
-        jobs.append({"folder": str(folder / f"child{index}"), "prompts": _prompts(model), "num_new": _NUM_NEW, "options": options})
+        path = folder / f"child{index}"
+        save_checkpoint(model, tokenizer, path)
+        if index in exported:
+            export_deci(path, folder / f"deci{index}")
+            path = folder / f"deci{index}"
+        jobs.append({"folder": str(path), "prompts": _prompts(model), "num_new": _NUM_NEW, "options": options, "stock": not plugins})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     arguments = [Path(__file__).with_name("vllm_logprobs.py"), folder / "jobs.json", folder / "out.json"]
     variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    if multiprocess:  # each worker is bound to a NUMA node of its own unless told otherwise
+        variables |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    if not plugins:
+        variables["VLLM_PLUGINS"] = ""
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
         env={**os.environ, **variables, "VLLM_CACHE_ROOT": str(folder / "cache")},
@@ -78,9 +103,12 @@ def _compare(model: PuzzleDagForCausalLM, served: list[dict[str, Any]]) -> None:
 
 @pytest.fixture(scope="module")
 def eager(make_child: MakeChild, micro_tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All eager children, served one after the other by one process."""
-    models = [make_child(family, *names) for family, names in _EAGER.values()]
-    served = _serve(models, {"enforce_eager": True}, micro_tokenizer, tmp_path_factory.mktemp("eager"))
+    models = []
+    for family, names, run in _EAGER.values():
+        model = make_child(family, *names)
+        models.append(model if run is None else fuse_model(model, [run]))
+    exported = [list(_EAGER).index("exported")]
+    served = _serve(models, {"enforce_eager": True}, micro_tokenizer, tmp_path_factory.mktemp("eager"), exported=exported)
     return dict(zip(_EAGER, zip(models, served, strict=True), strict=True))
 
 
@@ -89,8 +117,35 @@ def test_eager_in_one_process(child: str, eager: dict[str, Any]) -> None:
     _compare(*eager[child])
 
 
+def _tie_head(model: PuzzleDagForCausalLM) -> PuzzleDagForCausalLM:
+    fields = model.config.to_dict()
+    fields.pop("model_type")
+    tied = PuzzleDagForCausalLM(PuzzleDagConfig(**{**fields, "tie_word_embeddings": True})).eval()
+    tied.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}, strict=False)
+    return tied
+
+
+def test_exports_in_stock_vllm_without_our_plugin(make_child: MakeChild, micro_tokenizer: Any, tmp_path: Path) -> None:
+    """The Llama has an FFN that is wider than its parent's and a tied head, the Qwen2 biases and a sliding window in some layers."""
+    models = [_tie_head(fuse_model(make_child("llama", *_DECI), [range(1, 3)])), make_child("qwen2", *_DECI)]
+    options = {"enforce_eager": True, "trust_remote_code": True}
+    served = _serve(models, options, micro_tokenizer, tmp_path, exported=range(2), plugins=False)
+    for model, outputs in zip(models, served, strict=True):
+        _compare(model, outputs)
+
+
 @pytest.mark.slow
 def test_compiled(make_child: MakeChild, micro_tokenizer: Any, tmp_path: Path) -> None:
     model = make_child("qwen3", "noop/w64", "kv4/linear", "linear/noop", "kv2/w32")
     [served] = _serve([model], {"enforce_eager": False}, micro_tokenizer, tmp_path)
+    _compare(model, served)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("PUZZLE_DAG_TEST_PARALLEL" not in os.environ, reason="PUZZLE_DAG_TEST_PARALLEL is not set: minutes on two cores")
+@pytest.mark.parametrize("option", ["", "tensor_parallel_size", "pipeline_parallel_size"])
+def test_in_several_processes(option: str, make_child: MakeChild, micro_tokenizer: Any, tmp_path: Path) -> None:
+    model = fuse_model(make_child("qwen3", *_MIXED), [range(5, 8)])
+    options: dict[str, Any] = {"enforce_eager": True, **({option: 2} if option else {})}
+    [served] = _serve([model], options, micro_tokenizer, tmp_path, multiprocess=True)
     _compare(model, served)

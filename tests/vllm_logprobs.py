@@ -1,6 +1,6 @@
 """A program, not a test: serve checkpoints with stock vLLM in one process and write tokens and log-probabilities.
 
-    python vllm_logprobs.py JOBS.json OUT.json        JOBS: [{"folder", "prompts": [[token, ...], ...], "num_new", "options": {...}}]
+    python vllm_logprobs.py JOBS.json OUT.json    JOBS: [{"folder", "prompts": [[token, ...], ...], "num_new", "options": {...}, "stock"?}]
 """
 
 import gc
@@ -28,6 +28,8 @@ def serve(job: dict[str, Any]) -> list[dict[str, Any]]:
                 "prompt_logprobs": [step[token].logprob for token, step in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)],
             }
         )
+    if job.get("stock"):
+        assert not any(name.partition(".")[0] == "puzzle_dag" for name in sys.modules), "this was to be stock vLLM"
     del engine
     gc.collect()
     cleanup_dist_env_and_memory()

@@ -125,6 +125,7 @@ def measure_and_compare(
     ffns: Iterable[FFN],
     store: ArtifactStore,
     *,
+    remeasure: bool = False,
     progress: Progress = silent,
 ) -> tuple[CostTable, list[Comparison]]:
     """Measure a target's costs, and `target.heldout_models` models beside the probes, and hold the table against all of them.
@@ -140,10 +141,10 @@ def measure_and_compare(
     probes = [p.architecture for p in planned]
     blocks = [[Block(a, f) for a in attentions for f in ffns]] * shape.num_hidden_layers
     heldout = draw_models(blocks, target.heldout_models, known=probes)
-    rounds = measure_models(shape, [*probes, *heldout], target, store, progress=progress)
+    rounds = measure_models(shape, [*probes, *heldout], target, store, remeasure=remeasure, progress=progress)
     # Without a second engine nobody could say how much of an error is noise.
     twice = target.model_copy(update={"engines_per_probe": max(2, target.engines_per_probe)})
-    again = measure_models(shape, heldout, twice, store, progress=progress) if heldout else []
+    again = measure_models(shape, heldout, twice, store, remeasure=remeasure, progress=progress) if heldout else []
     table = measure_target(shape, parent_block, target, attentions, ffns, store)
     of_probes = set(probes)
     rows = compare(table, [m for m in rounds if m.architecture in of_probes], "probe")

@@ -49,6 +49,7 @@ def obtain_costs(
     store: ArtifactStore,
     *,
     analytic: bool,
+    remeasure: bool = False,
     progress: Progress = silent,
 ) -> tuple[CostTable, list[Comparison]]:
     """Return a target's costs and, where they were measured here, how well they predict probes and held-out models.
@@ -61,6 +62,7 @@ def obtain_costs(
         ffns: FFN variants, likewise.
         store: keeps each engine's measurement.
         analytic: accept an estimate where this machine can't measure the target; a scenario opts in to that.
+        remeasure: measure anew and replace what is stored.
         progress: called after each engine.
 
     Raises:
@@ -70,7 +72,7 @@ def obtain_costs(
     """
     attentions, ffns = list(attentions), list(ffns)
     if is_measurable(target):
-        return measure_and_compare(shape, parent_block, target, attentions, ffns, store, progress=progress)
+        return measure_and_compare(shape, parent_block, target, attentions, ffns, store, remeasure=remeasure, progress=progress)
     try:
         # What was imported needs no engine.
         return measure_target(shape, parent_block, target, attentions, ffns, store, progress=progress), []

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from puzzle_dag.model.configuration_deci import DeciLMConfig
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 ARCHITECTURE = "PuzzleDagForCausalLM"
@@ -31,6 +32,8 @@ def register() -> None:
                 vllm_config.cache_config.enable_prefix_caching = False
 
     AutoConfig.register(PuzzleDagConfig.model_type, PuzzleDagConfig, exist_ok=True)
+    # vLLM has the model of exported children, but not their configuration.
+    AutoConfig.register(DeciLMConfig.model_type, DeciLMConfig, exist_ok=True)
     if ARCHITECTURE not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(ARCHITECTURE, "puzzle_dag.model.vllm_model:PuzzleDagForCausalLM")
     MODELS_CONFIG_MAP[ARCHITECTURE] = PuzzleDagSettings

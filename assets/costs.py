@@ -40,6 +40,7 @@ def _metadata(costs: "CostTable", comparisons: "list[Comparison]") -> dict[str, 
     ]
     shown = {
         "source": costs.source,
+        **provenance_metadata(costs),
         "num_engines": costs.num_engines,
         "hardware": costs.rows[0].hardware,
         "engine_version": costs.rows[0].engine_version,
@@ -57,6 +58,28 @@ def _write_comparisons(path: Path, comparisons: "list[Comparison]") -> list[Path
         return [write_rows(path, [asdict(c) for c in comparisons])]
     path.unlink(missing_ok=True)
     return []
+
+
+def provenance_metadata(costs: "CostTable") -> dict[str, Any]:
+    """Return where costs come from, what the engine takes of the memory, and whether the arithmetic of its KV cache is right."""
+    from puzzle_dag.costs.agreement import check_agreement, find_serving_version
+    from puzzle_dag.costs.commands import describe_capacity
+
+    origin = costs.provenance
+    if origin is None:
+        return {}
+    differing = check_agreement(costs, costs.target, find_serving_version(costs.target))
+    shown: dict[str, Any] = {
+        "source": costs.source if origin.imported_from is None else f"imported from {origin.imported_from} at {origin.imported_at}",
+        "measured_at": f"{origin.first_measured_at or 'not kept'} to {origin.last_measured_at or 'not kept'}",
+        "engine_that_serves": "; ".join(differing) or "the one that measured, as far as is known here",
+        "kv_capacity": describe_capacity(origin.capacity),
+    }
+    if origin.capacity:
+        shown["kv_capacity_models"] = table(list(origin.capacity))
+    if origin.engine_bytes is not None:
+        shown["engine_bytes"] = origin.engine_bytes
+    return shown
 
 
 def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:

@@ -137,9 +137,12 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
 
 
 def _predict(plan: Plan, workspace: Workspace, target: str, architecture: tuple[Block, ...]) -> dict[int, float]:
+    from puzzle_dag.costs.agreement import check_agreement
     from puzzle_dag.costs.table import CostTable
+    from puzzle_dag.engine.client import read_engine_version
 
     costs = CostTable.read(workspace.tables / "costs" / f"{target}.parquet")
+    check_agreement(costs, costs.target, read_engine_version())
     return {b: costs.seconds(architecture, b, "prefill") + costs.seconds(architecture, b, "decode") for b in costs.batch_sizes}
 
 

@@ -41,8 +41,11 @@ def read_scores(workspace: Workspace) -> list[list["BlockScore"]]:
 def read_costs(plan: Plan, workspace: Workspace, *targets: str) -> dict[str, "PieceCosts"]:
     """Return the costs of all targets that are up to date, as the search sees them.
 
-    Raises CostsMissingError where one of `targets` is not among them, with the way to get them.
+    Raises:
+        CostsMissingError: one of `targets` has none; says how to get them.
+        EngineDisagreementError: they were measured with another engine than serves, and the target is strict.
     """
+    from puzzle_dag.costs.agreement import check_agreement, find_serving_version
     from puzzle_dag.costs.table import CostTable
 
     names = workspace.shelf.value("cost_table")["targets"]
@@ -52,7 +55,10 @@ def read_costs(plan: Plan, workspace: Workspace, *targets: str) -> dict[str, "Pi
             raise CostsMissingError(
                 f"target {target} has no costs of today; {how} measures it (block_costs[{target}]), or says why it can't"
             )
-    return {n: CostTable.read(workspace.tables / "costs" / f"{n}.parquet").to_piece_costs(plan.shape) for n in names}
+    tables = {n: CostTable.read(workspace.tables / "costs" / f"{n}.parquet") for n in names}
+    for target in targets:
+        check_agreement(tables[target], tables[target].target, find_serving_version(tables[target].target))
+    return {n: t.to_piece_costs(plan.shape) for n, t in tables.items()}
 
 
 def check_source(workspace: Workspace, scenario: "Scenario", costs: "PieceCosts") -> None:

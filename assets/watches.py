@@ -6,6 +6,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 - `cost_variants` hangs on every layer's space, but only on their union.
 - `block_costs` may be analytic only where a scenario of its target says so, and nobody measured it.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
+- `block_costs` takes what was imported for a target that this machine can't measure.
 - `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.
 - What an engine measured (`block_costs`, `parent_serving`, `serving`) holds for that version of it.
 - `cost_table`, `frontier` and `tables` gather what there is, so a partition that went away counts, too.
@@ -99,17 +100,26 @@ def watch_target_spec(plan: Plan, workspace: Workspace, partition: str | None) -
 
 
 def watch_block_costs(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
-    """Return whether a target's costs have to be analytic: a scenario accepts that, and nobody measured the target of today."""
+    """Return whether a target's costs have to be analytic, and which were imported for it, so that another file is used at once."""
+    from puzzle_dag.costs.imports import find_import_digest
+
     assert partition is not None
+    digest = find_import_digest(plan.shape, workspace.read_target(partition), workspace.store)
+    imported = {} if digest is None else {"imported": digest}
+    return {"analytic": digest is None and _has_to_be_analytic(workspace, partition), **imported}
+
+
+def _has_to_be_analytic(workspace: Workspace, partition: str) -> bool:
+    """Say whether a scenario accepts analytic costs of a target, and nobody measured the target of today."""
     scenarios = [workspace.read_scenario(name) for name in workspace.read_profile().scenarios]
     if not any(s.target == partition and s.costs == "analytic" for s in scenarios):
-        return {"analytic": False}
+        return False
     from puzzle_dag.costs.obtain import is_measurable
 
     record, target = workspace.shelf.find("block_costs", partition), workspace.read_target(partition)
     of_today = record is not None and record.value["target_spec"] == fingerprint(target.model_dump(mode="json"))
     measured = of_today and record is not None and record.value.get("source", "measured") != "analytic"
-    return {"analytic": not (measured or is_measurable(target))}
+    return not (measured or is_measurable(target))
 
 
 def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:

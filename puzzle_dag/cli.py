@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from puzzle_dag.cli_children import add_commands
+from puzzle_dag.costs.commands import add_cost_commands
 from puzzle_dag.report.tables import format_bytes, format_seconds, text_table
 
 
@@ -37,30 +38,6 @@ def _gc(args: argparse.Namespace) -> int:
         _say(str(folder.relative_to(args.root)))
     _say(f"{'would go' if args.dry_run else 'removed'}: {len(found.removed)} folders, {format_bytes(found.removed_bytes)}")
     _say(f"kept: {found.num_kept} folders, {format_bytes(found.kept_bytes)}")
-    return 0
-
-
-def _measure(args: argparse.Namespace) -> int:
-    from puzzle_dag.architecture import FFN, Attention, Block, variant_union
-    from puzzle_dag.config import read_profile, read_target
-    from puzzle_dag.costs.measure import measure_target
-    from puzzle_dag.model.parent import read_parent_shape
-    from puzzle_dag.preflight import check_lengths, resolve_spaces
-    from puzzle_dag.progress import ProgressLog
-    from puzzle_dag.store import ArtifactStore
-
-    profile, target = read_profile(args.root / "conf", args.profile), read_target(args.root / "conf", args.target)
-    shape = read_parent_shape(profile.parent, args.root)
-    check_lengths(profile, {target.name: target}, shape)
-    attentions, ffns = variant_union(resolve_spaces(profile, shape))
-    parent = Block(Attention("gqa", shape.num_key_value_heads), FFN("swiglu", shape.intermediate_size))
-    store, progress = ArtifactStore(args.root / "var" / "store"), ProgressLog(f"measuring {target.name}")
-    table = measure_target(shape, parent, target, attentions, ffns, store, remeasure=args.remeasure, progress=progress)
-    rows = [(r.batch, r.phase, r.place, r.variant, format_seconds(r.seconds)) for r in table.rows]
-    _say(text_table(("batch", "phase", "place", "variant", "time a layer"), rows))
-    if args.out is not None:
-        table.write(args.out)
-        _say(f"written: {args.out}")
     return 0
 
 
@@ -169,19 +146,13 @@ def build_parser() -> argparse.ArgumentParser:
     solve.add_argument("--json", action="store_true", help="the answer as JSON, and nothing else")
     solve.set_defaults(run=_solve)
 
-    measure = commands.add_parser("measure", help="measure what every variant of a profile costs on a target")
-    measure.add_argument("--profile", required=True, help="name of a file in conf/profiles")
-    measure.add_argument("--target", required=True, help="name of a file in conf/targets")
-    measure.add_argument("--remeasure", action="store_true", help="measure again what is stored, and replace it")
-    measure.add_argument("--out", type=Path, help="Parquet file for the table")
-    measure.set_defaults(run=_measure)
-
     estimate = commands.add_parser("estimate", help="estimate from published peaks what every variant costs on a target nobody measured")
     estimate.add_argument("--profile", required=True, help="name of a file in conf/profiles")
     estimate.add_argument("--target", required=True, help="name of a file in conf/targets")
     estimate.add_argument("--out", type=Path, help="Parquet file for the table")
     estimate.set_defaults(run=_estimate)
     add_commands(commands)
+    add_cost_commands(commands)
     return parser
 
 

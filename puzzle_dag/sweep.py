@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _HASH = re.compile(r"[0-9a-f]{64}")
+_GIVEN_KINDS = ("imported_costs",)
+"""Kinds of artifacts that came from elsewhere: nothing here could make them again."""
 _PARTIAL_AGE_S = 3600.0
 _DAY_S = 86_400.0
 
@@ -60,7 +62,9 @@ def sweep(var: Path, *, unused_days: float, dry: bool = False) -> Sweep:
     """
     found, named, now_s = Sweep(), _named_hashes(var), time.time()
     for folder in sorted((var / "store").glob("*/*/*")):
-        if folder.name.startswith(".partial-"):
+        if folder.parent.parent.name in _GIVEN_KINDS and not folder.name.startswith(".partial-"):
+            goes = False
+        elif folder.name.startswith(".partial-"):
             goes = _untouched_s(folder, now_s) > _PARTIAL_AGE_S
         else:  # the manifest is not opened: that would count as a use
             manifest = folder / "manifest.json"

@@ -69,6 +69,7 @@ SHAPES = {
     "tiny": bundled_shape,
     "quality": bundled_shape,
     "llama-3.1-8b-h100": llama_shape,
+    "llama-3.1-70b-h100": lambda: llama_shape(hidden_size=8192, intermediate_size=28_672, num_hidden_layers=80, num_attention_heads=64),
     "micro": lambda: llama_shape(**MICRO),
 }
 
@@ -106,7 +107,7 @@ def test_every_shipped_target_and_scenario_belongs_to_a_profile(kind):
     assert names == foreign | {n for p in PROFILES for n in getattr(read_profile(CONF, p), kind)}
 
 
-@pytest.mark.parametrize(("profile", "num_pairs"), [("tiny", 25), ("quality", 42), ("llama-3.1-8b-h100", 54)])
+@pytest.mark.parametrize(("profile", "num_pairs"), [("tiny", 25), ("quality", 42), ("llama-3.1-8b-h100", 54), ("llama-3.1-70b-h100", 54)])
 def test_search_spaces_have_the_pairs_that_they_claim(profile, num_pairs):
     spaces = resolve_spaces(read_profile(CONF, profile), SHAPES[profile]())
     assert {len(s.blocks) for s in spaces} == {num_pairs}

@@ -17,13 +17,15 @@ from puzzle_dag.architecture import FFN, Attention, Block
 from puzzle_dag.children.serve import ServingError, measure_serving
 from puzzle_dag.config import ParentSource, Target
 from puzzle_dag.costs import measure
+from puzzle_dag.costs.fitting import CapacityCheck
 from puzzle_dag.costs.measure import PROBE_KIND, WorkloadTooLongError, measure_target
 from puzzle_dag.costs.memory import NumberTypes, kv_bytes_per_token, weight_bytes
-from puzzle_dag.engine import client, hardware, worker
+from puzzle_dag.engine import client, hardware, watchdog, worker
 from puzzle_dag.engine.client import EngineFailedError, VllmMissingError, read_engine_version, run_engines
 from puzzle_dag.engine.hardware import Hardware, HardwareMismatchError, check_hardware, detect_hardware, measure_matmul_rate
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
-from puzzle_dag.engine.worker import count_prefill_tokens, count_tensor_bytes, size_kv_cache
+from puzzle_dag.engine.kv_cache import size_kv_cache
+from puzzle_dag.engine.worker import count_prefill_tokens, count_tensor_bytes
 from puzzle_dag.model.checkpoint import child_config, save_checkpoint
 from puzzle_dag.model.families import to_puzzle_dag_config
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
@@ -90,7 +92,7 @@ def fake_worker(monkeypatch, tmp_path):
     def install(play: str) -> Path:
         script, starts = tmp_path / "fake.py", tmp_path / "starts"
         script.write_text(FAKE.replace("PLAY", textwrap.dedent(play)).replace('sys.argv[1] + ".calls"', repr(str(starts))))
-        monkeypatch.setattr(client, "worker_command", lambda path, channel: [sys.executable, str(script), str(path), str(channel)])
+        monkeypatch.setattr(watchdog, "worker_command", lambda path, channel, **_: [sys.executable, str(script), str(path), str(channel)])
         return starts
 
     return install
@@ -117,8 +119,8 @@ def test_a_crash_loses_nothing_and_the_rest_is_tried_once_more(fake_worker, tmp_
     """)
     seen = []
     results = run_engines(make_jobs("a", "b", "c"), on_result=lambda j, r: seen.append(j.name))
-    assert [r.name for r in results] == ["a", "b", "c"] and seen == ["a", "b", "c"]
-    assert starts.read_text() == "a b c\nb c\n"
+    assert [r.name for r in results] == ["a", "b", "c"] and seen == ["a", "c", "b"], "what crashed waits for the others"
+    assert starts.read_text() == "a b c\nc b\n"
 
 
 def test_a_job_that_fails_twice_is_named_with_the_log_and_keeps_the_others(fake_worker):
@@ -163,9 +165,10 @@ def test_a_worker_ends_with_its_client(tmp_path):
     (tmp_path / "worker.py").write_text(textwrap.dedent(source))
     client_source = f"""
         import sys
-        from puzzle_dag.engine import client
+        from puzzle_dag.engine import client, watchdog
         from puzzle_dag.engine.jobs import EngineJob, EngineSettings, Workload
-        client.worker_command = lambda path, channel: [sys.executable, {str(tmp_path / "worker.py")!r}, str(path), str(channel)]
+        script = {str(tmp_path / "worker.py")!r}
+        watchdog.worker_command = lambda path, channel, **_: [sys.executable, script, str(path), str(channel), "forked"]
         workload = Workload(input_length=8, output_length=4, batch_sizes=(1,), repeats=2)
         client.run_engines([EngineJob(name="a", config={{}}, settings=EngineSettings(), workload=workload)])
     """
@@ -292,6 +295,10 @@ def test_vllm_measures_only_what_is_missing(shape, tmp_path, monkeypatch):
     assert len(kept) == 6
     capacity = json.loads(kept[0].read_text())["metadata"]["kv_capacity_tokens"]
     assert capacity >= 2 * (target.input_length + target.output_length)
+    assert table.provenance is not None and table.provenance.num_engines == 5 and table.provenance.last_measured_at is not None
+    checked = [CapacityCheck(**c) for c in table.provenance.capacity]
+    assert len(checked) == 5 and all(c.agrees and c.predicted_batch >= 2 for c in checked), checked
+    assert table.provenance.engine_bytes is not None and table.provenance.engine_bytes > 100 * 2**20
 
 
 def test_vllm_serves_parent_and_child_in_turns(micro_parent_folder, shape, tmp_path):

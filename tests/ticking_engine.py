@@ -58,7 +58,7 @@ class TickingEngine:
                 kv_capacity_tokens=1000,
                 peak_rss_bytes=1,
                 start_s=0.0,
-                engine_version="ticking 1",
+                engine_version="ticking 1.0",
                 hardware="test",
                 num_threads=1,
             )

@@ -39,6 +39,7 @@ from puzzle_dag.config.scenario import (
     split_earlier,
     with_earlier,
 )
+from puzzle_dag.config.shape import Shape, read_shape
 from puzzle_dag.config.space import LayerOverride, SearchSpaceSettings, resolve_space
 from puzzle_dag.config.structure import PoolSettings, StructureSettings
 from puzzle_dag.config.target import Target, read_target
@@ -66,6 +67,7 @@ __all__ = [
     "Scenario",
     "SearchSpaceSettings",
     "Settings",
+    "Shape",
     "SpeculationSettings",
     "StructureSettings",
     "Target",
@@ -84,6 +86,7 @@ __all__ = [
     "read_profile",
     "read_scenario",
     "read_settings",
+    "read_shape",
     "read_target",
     "resolve_space",
     "scenario_file",

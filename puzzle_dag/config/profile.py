@@ -22,6 +22,9 @@ class ParentSource(Settings):
     """Hub revision (branch, tag or commit)."""
     trust_remote_code: bool = False
     """Run code that comes with the checkpoint. Off unless turned on here."""
+    shape: Name | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Name of a file in conf/shapes that says what the checkpoint's config.json would, so that planning and measuring need nothing
+    of a gated or absent checkpoint; held against the checkpoint when that is loaded."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "ParentSource":

@@ -1,11 +1,19 @@
 """A target: the hardware, engine and workload that costs are measured for (conf/targets/NAME.yaml)."""
 
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from puzzle_dag.config.reading import Name, Settings, check_name, read_settings
+
+_VERSION = re.compile(r"\d+\.\d+(\.\d+)?([._+-]?[a-z0-9]+)*")
+
+
+def _left_out(default: Any) -> Any:
+    """Return a field that a dump leaves out at its default: a field that is new must not make what is stored under a dump stale."""
+    return Field(default=default, exclude_if=lambda value: value == default)
 
 
 class Target(Settings):
@@ -26,11 +34,12 @@ class Target(Settings):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Type of weights and activations."""
     quantization: str | None = None
-    """vLLM's name of a weight quantisation."""
+    """Weight quantisation: vLLM's name of one that it does while loading (`fp8_per_channel`), or `w8a8_int8` for int8 weights and
+    activations. Not every engine does every one: `puzzle-dag precisions` tries them on this machine."""
     kv_cache_dtype: str = "auto"
     """vLLM's name of the KV cache's type."""
     tensor_parallel_size: int = Field(default=1, gt=0)
-    """GPUs a layer is spread over."""
+    """GPUs a layer is spread over. Bytes in the cost table are then those of one GPU."""
     input_length: int = Field(gt=0)
     """Prompt tokens a request."""
     output_length: int = Field(gt=0)
@@ -45,6 +54,19 @@ class Target(Settings):
     """Timed repeats an engine; the median counts."""
     heldout_models: int = Field(default=0, ge=0, exclude_if=lambda value: value == 0)
     """Random models, none of them a probe, that are measured to check what the costs predict; 8 or more tell, 0 leaves it."""
+    process_per_probe: bool = _left_out(False)
+    """A process that imports vLLM for every engine (some 9 s each), not forks of one: for engines that can't run in a fork."""
+    engine_version: str | None = _left_out(None)
+    """Version of vLLM that serves, e.g. 0.32.0; by default the one that is installed. Costs are then measured with no other."""
+    strict: bool = _left_out(False)
+    """Refuse costs that were measured with another engine version or mode than the one that serves, where a warning is the default."""
+
+    @field_validator("engine_version")
+    @classmethod
+    def _a_version(cls, value: str | None) -> str | None:
+        if value is not None and not _VERSION.fullmatch(value):
+            raise ValueError(f"{value!r} is no version of an engine; write one like 0.32.0, or leave it out")
+        return value
 
     @field_validator("batch_sizes")
     @classmethod

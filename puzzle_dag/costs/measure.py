@@ -3,18 +3,23 @@
 import json
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from puzzle_dag.architecture import FFN, Architecture, Attention, Block
 from puzzle_dag.config import Target
+from puzzle_dag.costs.agreement import check_installed
+from puzzle_dag.costs.fitting import check_capacity, check_memory, check_tensor_parallel
+from puzzle_dag.costs.imports import find_imported
 from puzzle_dag.costs.memory import NumberTypes
 from puzzle_dag.costs.probes import plan_probes, serving_config
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.costs.tabulate import Measurement, fit_table
+from puzzle_dag.costs.trace import trace_provenance
 from puzzle_dag.engine.client import read_engine_version, run_engines
-from puzzle_dag.engine.hardware import Hardware, check_hardware, detect_hardware
+from puzzle_dag.engine.hardware import Hardware, HardwareMismatchError, check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
+from puzzle_dag.engine.precision import require_precision
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.store import ArtifactStore, fingerprint
@@ -102,14 +107,21 @@ def measure_models(
 
     Raises:
         VllmMissingError: vLLM is not installed.
+        EngineVersionError: it is another version than the target names.
         HardwareMismatchError: the target is for other hardware.
         WorkloadTooLongError: the target's lengths exceed the parent's positions.
-        EngineFailedError: an engine failed twice.
+        BatchTooLargeError: a model and the largest batch don't fit into the memory.
+        EngineRefusedError: the engine can't run models of this shape.
+        UnsupportedPrecisionError: the engine doesn't do the target's precision on this hardware; in its own words.
+        EngineFailedError: engines failed twice; all others were run and kept first.
     """
     _check_lengths(shape, target)
     hardware = detect_hardware()
     check_hardware(target, hardware)
-    planned = _plan_jobs(shape, architectures, target, hardware, read_engine_version())
+    engine_version, architectures = read_engine_version(), list(architectures)
+    check_installed(target, engine_version)
+    check_memory(shape, architectures, target, hardware)
+    planned = _plan_jobs(shape, architectures, target, hardware, engine_version)
     inputs = {p.job.name: p.inputs for p in planned}
     stored = {} if remeasure else {key: found for key in inputs if (found := store.find(PROBE_KIND, key)) is not None}
     results = {key: EngineResult.from_json(artifact.metadata) for key, artifact in stored.items()}
@@ -121,7 +133,10 @@ def measure_models(
         store.write(PROBE_KIND, job.name, lambda _: fingerprint(content), inputs=inputs[job.name], metadata=content)
         results[job.name] = result
 
-    run_engines(jobs, on_result=keep, progress=progress, hardware=hardware)
+    if jobs:
+        require_precision(jobs[0], hardware)
+    logs = store.root.parent / "logs" / "engines"
+    run_engines(jobs, on_result=keep, progress=progress, hardware=hardware, process_each=target.process_per_probe, log_folder=logs)
     return [Measurement(p.architecture, results[p.job.name]) for p in planned]
 
 
@@ -138,6 +153,8 @@ def measure_target(
 ) -> CostTable:
     """Measure what every variant costs on a target, with the engine that the target serves with.
 
+    Where this machine is not the target's hardware, the costs that were imported for it are returned.
+
     Args:
         shape: the parent's configuration (no weights are needed: the engine makes up dummy ones).
         parent_block: the parent's own block.
@@ -149,16 +166,28 @@ def measure_target(
         progress: called after each engine.
 
     Raises:
-        VllmMissingError: vLLM is not installed.
-        HardwareMismatchError: the target is for other hardware.
-        WorkloadTooLongError: the target's lengths exceed the parent's positions.
+        HardwareMismatchError: the target is for other hardware, and nothing was imported for it.
+        ImportedCostsError: what was imported for it lacks a variant or a batch size.
+        TensorParallelError: a variant doesn't split over the target's GPUs.
         UnknownDtypeError: the bytes of the target's number types are not known.
-        EngineFailedError: an engine failed twice.
+        VllmMissingError, EngineVersionError, WorkloadTooLongError, BatchTooLargeError, EngineRefusedError,
+            UnsupportedPrecisionError, EngineFailedError: as `measure_models` raises them.
     """
     attentions, ffns = {parent_block.attention, *attentions}, {parent_block.ffn, *ffns}
     NumberTypes.of(target)
-    probes = plan_probes(
-        parent_block, attentions, ffns, num_layers=shape.num_hidden_layers, probes_per_variant=target.probes_per_variant
-    )
+    check_tensor_parallel(shape, target, attentions, ffns)
+    try:
+        check_hardware(target, detect_hardware())
+    except HardwareMismatchError as error:
+        imported = find_imported(shape, target, attentions, ffns, store)
+        if imported is None:
+            raise HardwareMismatchError(f"{error}; or import what was measured there: `puzzle-dag costs import FILE`") from None
+        return imported
+    probes = plan_probes(parent_block, attentions, ffns, num_layers=shape.num_hidden_layers, probes_per_variant=target.probes_per_variant)
     measured = measure_models(shape, [p.architecture for p in probes], target, store, remeasure=remeasure, progress=progress)
-    return fit_table(shape, target, attentions, ffns, measured)
+    capacity = check_capacity(shape, target, measured)
+    for check in capacity:
+        if not check.agrees:
+            log.warning("target %s: the engine's KV cache is not what the arithmetic says: %s", target.name, check)
+    table = fit_table(shape, target, attentions, ffns, measured)
+    return replace(table, provenance=trace_provenance(shape, target, measured, capacity))

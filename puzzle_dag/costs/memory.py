@@ -1,6 +1,8 @@
 """What a variant weighs, exactly, by arithmetic: parameters, bytes of weights, bytes of KV cache a token.
 
-The same formulas describe the modules of `puzzle_dag.model.modeling_puzzle_dag`; a test holds them together.
+The same formulas describe the modules of `puzzle_dag.model.modeling_puzzle_dag`; a test holds them together. With a
+tensor-parallel size above 1 they give one GPU's share, as vLLM spreads the model's Llama: matrices are split, norms and the
+biases of what is summed up are on every GPU, and so is each KV head where there are fewer heads than GPUs.
 """
 
 from dataclasses import dataclass
@@ -8,10 +10,12 @@ from typing import Literal
 
 from puzzle_dag.architecture import FFN, Architecture, Attention
 from puzzle_dag.config import Target
+from puzzle_dag.engine.int8 import INT8
+from puzzle_dag.engine.kv_cache import split_kv_heads
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
-_QUANTIZED_BYTES = {"fp8": 1, "fp8_per_channel": 1, "fp8_per_tensor": 1}
+_QUANTIZED_BYTES = {"fp8": 1, "fp8_per_block": 1, "fp8_per_channel": 1, "fp8_per_tensor": 1, INT8: 1}
 
 
 class UnknownDtypeError(ValueError):
@@ -72,47 +76,51 @@ def _look_up(known: dict[str, int], target: Target, field: str, name: str) -> in
     return known[name]
 
 
-def size_attention(shape: PuzzleDagConfig, variant: Attention) -> Size:
-    """Return what an attention variant weighs, its norm included."""
+def size_attention(shape: PuzzleDagConfig, variant: Attention, tensor_parallel_size: int = 1) -> Size:
+    """Return what an attention variant weighs on one GPU, its norm included."""
     if variant.kind == "noop":
         return Size()
     hidden, head_dim = shape.hidden_size, shape.head_dim
     if variant.kind == "linear":
-        return Size(hidden * hidden, hidden)
-    q_size, kv_size = shape.num_attention_heads * head_dim, variant.kv_heads * head_dim
+        return Size(hidden * hidden // tensor_parallel_size, hidden)
+    q_size = shape.num_attention_heads * head_dim // tensor_parallel_size
+    kv_size = split_kv_heads(variant.kv_heads, tensor_parallel_size) * head_dim
     biases = (q_size + 2 * kv_size) * shape.qkv_bias + hidden * shape.o_bias
     return Size(2 * hidden * (q_size + kv_size), hidden + biases + 2 * head_dim * shape.qk_norm, 2 * kv_size)
 
 
-def size_ffn(shape: PuzzleDagConfig, variant: FFN) -> Size:
-    """Return what an FFN variant weighs, its norm included."""
+def size_ffn(shape: PuzzleDagConfig, variant: FFN, tensor_parallel_size: int = 1) -> Size:
+    """Return what an FFN variant weighs on one GPU, its norm included."""
     if variant.kind == "noop":
         return Size()
-    hidden, width = shape.hidden_size, variant.intermediate_size
+    hidden, width = shape.hidden_size, variant.intermediate_size // tensor_parallel_size
     if variant.kind == "linear":
-        return Size(hidden * hidden, hidden)
+        return Size(hidden * hidden // tensor_parallel_size, hidden)
     return Size(3 * hidden * width, hidden + (2 * width + hidden) * shape.mlp_bias)
 
 
-def size_constant(shape: PuzzleDagConfig) -> Size:
-    """Return what a model weighs beside its layers: embedding, final norm, and the head where it is not tied."""
+def size_constant(shape: PuzzleDagConfig, tensor_parallel_size: int = 1) -> Size:
+    """Return what a model weighs on one GPU beside its layers: embedding, final norm, and the head where it is not tied."""
     num_tables = 1 if shape.tie_word_embeddings else 2
-    return Size(0, shape.vocab_size * shape.hidden_size * num_tables + shape.hidden_size)
+    rows = -(-shape.vocab_size // tensor_parallel_size)
+    return Size(0, rows * shape.hidden_size * num_tables + shape.hidden_size)
 
 
-def size_model(shape: PuzzleDagConfig, architecture: Architecture) -> Size:
-    """Return what a model of `architecture` weighs."""
-    total = size_constant(shape)
+def size_model(shape: PuzzleDagConfig, architecture: Architecture, tensor_parallel_size: int = 1) -> Size:
+    """Return what a model of `architecture` weighs on one GPU."""
+    total = size_constant(shape, tensor_parallel_size)
     for block in architecture:
-        total = total + size_attention(shape, block.attention) + size_ffn(shape, block.ffn)
+        total = total + size_attention(shape, block.attention, tensor_parallel_size) + size_ffn(shape, block.ffn, tensor_parallel_size)
     return total
 
 
-def size_variant(shape: PuzzleDagConfig, place: Literal["attention", "ffn", "constant"], name: str) -> Size:
-    """Return what a variant weighs, by its name (of the constant, any). Raises ValueError for a name that is not understood."""
+def size_variant(shape: PuzzleDagConfig, place: Literal["attention", "ffn", "constant"], name: str, tensor_parallel_size: int = 1) -> Size:
+    """Return what a variant weighs on one GPU, by its name (of the constant, any). Raises ValueError for a name that is not understood."""
     if place == "constant":
-        return size_constant(shape)
-    return size_attention(shape, Attention.parse(name)) if place == "attention" else size_ffn(shape, FFN.parse(name))
+        return size_constant(shape, tensor_parallel_size)
+    if place == "attention":
+        return size_attention(shape, Attention.parse(name), tensor_parallel_size)
+    return size_ffn(shape, FFN.parse(name), tensor_parallel_size)
 
 
 def count_weight_bytes(size: Size, types: NumberTypes) -> int:

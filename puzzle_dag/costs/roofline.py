@@ -207,11 +207,12 @@ def estimate_table(
     pieces: list[Variant] = [("attention", a.name) for a in sorted({parent_block.attention, *attentions})]
     pieces += [("ffn", f.name) for f in sorted({parent_block.ffn, *ffns})]
     pieces.append(("constant", CONSTANT))
-    sizes, rows = {piece: size_variant(shape, *piece) for piece in pieces}, []
+    sizes = {piece: (size_variant(shape, *piece), size_variant(shape, *piece, target.tensor_parallel_size)) for piece in pieces}
+    rows = []
     for batch in target.batch_sizes:
         for phase in PHASES:
             steps = _list_steps(target, batch, phase, _window(shape))
-            for (place, name), size in sizes.items():
+            for (place, name), (whole, share) in sizes.items():
                 rows.append(
                     CostRow(
                         target=target.name,
@@ -221,6 +222,8 @@ def estimate_table(
                         mode=target.mode,
                         dtype=target.dtype,
                         quantization=target.quantization or "none",
+                        kv_cache_dtype=target.kv_cache_dtype,
+                        tensor_parallel_size=target.tensor_parallel_size,
                         input_length=target.input_length,
                         output_length=target.output_length,
                         batch=batch,
@@ -230,9 +233,9 @@ def estimate_table(
                         seconds=roofline.variant_s(place, name, steps),
                         seconds_error=0.0,
                         repeat_noise=0.0,
-                        parameters=size.parameters,
-                        weight_bytes=count_weight_bytes(size, roofline.types),
-                        kv_bytes_per_token=count_kv_bytes_per_token(size, roofline.types),
+                        parameters=whole.parameters,
+                        weight_bytes=count_weight_bytes(share, roofline.types),
+                        kv_bytes_per_token=count_kv_bytes_per_token(share, roofline.types),
                         source="by construction" if name == "noop" else "analytic",
                     )
                 )

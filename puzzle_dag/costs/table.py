@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from puzzle_dag.architecture import Architecture
 from puzzle_dag.config import Target
+from puzzle_dag.costs.provenance import Provenance
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.piece_costs import CostSource, Phase, PieceCost, PieceCosts
 from puzzle_dag.pieces import Place
@@ -23,6 +24,7 @@ CONSTANT = "engine"
 CostPlace = Literal["attention", "ffn", "constant"]
 """A place of a layer, or what a model costs beside its layers."""
 _METADATA_KEY = b"puzzle_dag"
+_FORMAT = 2
 
 
 class CostTableError(ValueError):
@@ -68,12 +70,16 @@ class CostRow:
     parameters: int
     """Its parameters."""
     weight_bytes: int
-    """Bytes of its weights, exact."""
+    """Bytes of its weights on one GPU, exact."""
     kv_bytes_per_token: int
-    """Bytes of KV cache a token, exact."""
+    """Bytes of KV cache a token on one GPU, exact."""
     source: Literal["measured", "imported", "analytic", "by construction"]
     """Where `seconds` comes from: measured on this machine, measured on another and imported, or estimated by the roofline from
     published peaks (its two errors are then 0 and say nothing). A no-op is nothing that runs, so it costs zero by construction."""
+    kv_cache_dtype: str = "auto"
+    """Type of the KV cache; "auto" is that of the activations."""
+    tensor_parallel_size: int = 1
+    """GPUs that a layer is spread over."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,8 @@ class CostTable:
     """Engines that the fit rests on."""
     residuals: dict[str, float]
     """"batch/phase" -> relative spread of the measurements about the fit."""
+    provenance: Provenance | None = None
+    """Where it comes from; None for what nobody measured, and for files of an older version of this package."""
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -103,7 +111,7 @@ class CostTable:
 
     @property
     def digest(self) -> str:
-        """Digest of the content."""
+        """Digest of the content; where it comes from is no part of that."""
         return fingerprint({"rows": [asdict(r) for r in self.rows], **self._metadata()})
 
     def row(self, place: str, variant: str, batch: int, phase: Phase) -> CostRow:
@@ -163,7 +171,9 @@ class CostTable:
     def write(self, path: Path) -> None:
         """Write one Parquet file, atomically."""
         columns = {f.name: [getattr(r, f.name) for r in self.rows] for f in fields(CostRow)}
-        table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({_METADATA_KEY: json.dumps(self._metadata())})
+        provenance = None if self.provenance is None else asdict(self.provenance)
+        told = {"format": _FORMAT, **self._metadata(), "provenance": provenance, "digest": self.digest}
+        table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({_METADATA_KEY: json.dumps(told)})
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
         write_atomically(path, buffer.getvalue())
@@ -173,18 +183,28 @@ class CostTable:
         """Read what `write` wrote.
 
         Raises:
-            CostTableError: the file is missing, damaged, or no cost table; says to measure again.
+            CostTableError: the file is missing, damaged, changed since, of a newer version, or no cost table; says what to do.
         """
         try:
-            table = pq.read_table(path)
-            metadata = json.loads((table.schema.metadata or {})[_METADATA_KEY])
-            rows = tuple(CostRow(**row) for row in table.to_pylist())
-            return CostTable(rows, Target.model_validate(metadata["target"]), metadata["num_engines"], metadata["residuals"])
+            parquet = pq.read_table(path)
+            told = json.loads((parquet.schema.metadata or {})[_METADATA_KEY])
+            if told.get("format", 1) > _FORMAT:
+                raise CostTableError(
+                    f"{path} is of format {told['format']}, and this version of puzzle_dag reads up to {_FORMAT}; update it"
+                )
+            rows = tuple(CostRow(**row) for row in parquet.to_pylist())
+            provenance = None if told.get("provenance") is None else Provenance.from_json(told["provenance"])
+            table = CostTable(rows, Target.model_validate(told["target"]), told["num_engines"], told["residuals"], provenance)
+            if told.get("digest", table.digest) != table.digest:
+                raise ValueError("its rows are not those that were written")
         except FileNotFoundError:
             raise CostTableError(f"{path} does not exist; measure the target first") from None
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-            fix = "measure the target again (stored probes are reused)"
+        except CostTableError:
+            raise
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            fix = "measure the target again (stored probes are reused), or import the file again"
             raise CostTableError(f"{path} is damaged or no cost table ({error}); {fix}") from error
+        return table
 
 
 def sort_rows(rows: Iterable[CostRow]) -> tuple[CostRow, ...]:

@@ -50,7 +50,7 @@ def _build_rows(
     for (batch, phase), fitted in fits.items():
         noise = _pool_noise(measured, batch, phase)
         for place, name in [*pieces, _CONSTANT]:
-            size = size_variant(shape, place, name)
+            whole, size = size_variant(shape, place, name), size_variant(shape, place, name, target.tensor_parallel_size)
             seconds, error = (0.0, 0.0) if name == "noop" else fitted[place, name]
             rows.append(
                 CostRow(
@@ -61,6 +61,8 @@ def _build_rows(
                     mode=target.mode,
                     dtype=target.dtype,
                     quantization=target.quantization or "none",
+                    kv_cache_dtype=target.kv_cache_dtype,
+                    tensor_parallel_size=target.tensor_parallel_size,
                     input_length=target.input_length,
                     output_length=target.output_length,
                     batch=batch,
@@ -70,7 +72,7 @@ def _build_rows(
                     seconds=seconds,
                     seconds_error=error,
                     repeat_noise=noise,
-                    parameters=size.parameters,
+                    parameters=whole.parameters,
                     weight_bytes=count_weight_bytes(size, types),
                     kv_bytes_per_token=count_kv_bytes_per_token(size, types),
                     source="by construction" if name == "noop" else "measured",

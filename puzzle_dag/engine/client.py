@@ -1,38 +1,69 @@
-"""Run engines in a worker process that is watched: results arrive one by one, and none is lost to a later crash."""
+"""Run engines in worker processes that are watched: results arrive one by one, and none is lost to another's crash."""
 
-import contextlib
+import datetime
 import importlib.metadata
 import importlib.util
-import json
 import logging
-import os
-import selectors
-import signal
-import subprocess
-import sys
+import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from puzzle_dag.engine.hardware import Hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult
+from puzzle_dag.engine.watchdog import Attempt, log_path, read_tail
 from puzzle_dag.progress import Progress, silent
+from puzzle_dag.release import read_package_version
 
 log = logging.getLogger(__name__)
 
-_LOG_TAIL_LINES = 40
+_MOST_LOST_WORKERS = 3
 _SILENCE_LIMIT_S = {"eager": 300.0, "compiled": 1200.0}
 _SILENCE_LIMIT_MULTIPROCESS_S = 900.0
+_MEMORY_WORDS = ("OutOfMemoryError", "MemoryError", "out of memory", "No available memory for the cache blocks", "ran out of memory")
 
 
 class VllmMissingError(ValueError):
     """vLLM is not installed."""
 
 
+@dataclass(frozen=True, slots=True)
+class EngineFailure:
+    """An engine that failed in each of its tries."""
+
+    name: str
+    """The job's name."""
+    reason: str
+    """What became of it the last time."""
+    log: Path | None
+    """Its log of the last time, kept; None where there is none."""
+    tail: str
+    """The log's last lines."""
+    num_tries: int
+    """How often it was tried."""
+
+    def describe(self) -> str:
+        """Return the failure as text: reason, what to do where memory ran out, and the log's last lines."""
+        told = f"{self.reason}\n{self.tail}"
+        fix = ""
+        if any(word in told for word in _MEMORY_WORDS):
+            fix = "\nIt ran out of memory: lower the target's `batch_sizes` or lengths, or free memory on this machine."
+        where = f" ({self.log})" if self.log is not None else ""
+        times = "twice" if self.num_tries == 2 else "once"
+        return f"engine {self.name!r} failed {times}: {self.reason}{fix}\n--- end of its log{where} ---\n{self.tail}"
+
+
 class EngineFailedError(RuntimeError):
-    """An engine failed or hung twice; the message ends with the tail of its log."""
+    """Engines failed or hung in each of their tries; all others were run first. The message ends with the tails of their logs."""
+
+    def __init__(self, failures: Sequence[EngineFailure], *, num_jobs: int, num_done: int) -> None:
+        """Say which failed and why, and how many of all gave results."""
+        self.failures = tuple(failures)
+        super().__init__("\n".join([*(f.describe() for f in self.failures), f"of {num_jobs} engines {num_done} gave results"]))
 
 
 def read_engine_version() -> str:
@@ -53,112 +84,52 @@ def read_engine_version() -> str:
     )
 
 
-def worker_command(jobs_path: Path, channel: int) -> list[str]:
-    """Return the command line of a worker that runs the jobs in a file and sends events to a file descriptor."""
-    return [sys.executable, "-m", "puzzle_dag.engine.worker", str(jobs_path), str(channel)]
-
-
-def _build_environment(jobs: Sequence[EngineJob], hardware: Hardware) -> dict[str, str]:
-    """Return the worker's environment.
-
-    Threads are as many as the cores and not bound to them ("nobind"): vLLM's "auto" gives one core of each engine away
-    to a scheduler process, half of a two-core machine, and binding suffers where something else shares the cores.
-    At the end of a parallel region OpenMP's threads spin for some 16 ms by default; beside a busy neighbour engines then
-    take minutes where they need seconds, so they spin for some 50 us. What the user's environment sets goes first.
-    """
-    multiprocess = jobs[0].settings.multiprocess
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocess else "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    environment.setdefault("GOMP_SPINCOUNT", "1000")
-    if hardware.kind == "cpu":
-        environment["OMP_NUM_THREADS"] = str(hardware.num_threads)
-    if multiprocess:
-        # Lets our own function that counts KV bytes travel to the engine's processes; they are our children.
-        environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    return environment
-
-
 def _silence_limit_s(jobs: Sequence[EngineJob]) -> float:
     multiprocess_s = _SILENCE_LIMIT_MULTIPROCESS_S if jobs[0].settings.multiprocess else 0.0
     return max(multiprocess_s, *(_SILENCE_LIMIT_S[j.settings.mode] for j in jobs))
 
 
-def _read_lines(channel: int, silence_limit_s: float) -> Iterator[dict[str, Any]]:
-    """Yield the worker's events until it closes its end. Raises TimeoutError when it is silent for too long."""
-    pending = b""
-    with selectors.DefaultSelector() as selector:
-        selector.register(channel, selectors.EVENT_READ)
-        while True:
-            if not selector.select(silence_limit_s):
-                raise TimeoutError(f"silent for {silence_limit_s:.0f} s")
-            chunk = os.read(channel, 1 << 16)
-            if not chunk:
-                return
-            *lines, pending = (pending + chunk).split(b"\n")
-            yield from (json.loads(line) for line in lines)
+class _Queue:
+    """Jobs that wait for an engine. What failed once waits behind all others; what failed twice is given up."""
 
+    def __init__(self, jobs: Sequence[EngineJob], scratch: Path, log_folder: Path, *, retry: bool) -> None:
+        self.retry = retry
+        self.waiting = deque(jobs)
+        self.failures: list[EngineFailure] = []
+        self.num_lost_workers = 0
+        self._failed_once: set[str] = set()
+        self._scratch, self._log_folder = scratch, log_folder
 
-def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    """End the worker and every process it started (it leads a group of its own)."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    def settle(self, attempt: Attempt, *, any_result: bool) -> None:
+        """Put back the jobs that an attempt left without a result, those that it failed last."""
+        failed = [j for j in attempt.jobs.values() if j.name in attempt.failures]
+        untried = [j for j in attempt.jobs.values() if j.name not in attempt.failures]
+        self.num_lost_workers += bool(failed and (attempt.was_silent or not attempt.was_ready))
+        if not any_result and self.num_lost_workers >= _MOST_LOST_WORKERS:
+            # Not one engine runs here, and each further try may cost a whole limit of silence.
+            names = [j.name for j in failed]
+            self.failures = [self._keep_log(n, attempt.failures[n], attempt.worker_log, 2 if n in self._failed_once else 1) for n in names]
+            self.waiting.clear()
+            return
+        self.waiting.extendleft(reversed(untried))
+        for job in failed:
+            reason = attempt.failures[job.name]
+            if job.name in self._failed_once or not self.retry:
+                self.failures.append(self._keep_log(job.name, reason, attempt.worker_log, 2 if self.retry else 1))
+            else:
+                self._failed_once.add(job.name)
+                self.waiting.append(job)
+                log.warning("engine %r failed (%s); it is tried once more after the others", job.name, reason.strip())
 
-
-def _tail(path: Path) -> str:
-    lines = path.read_text(errors="replace").splitlines()
-    return "\n".join(lines[-_LOG_TAIL_LINES:])
-
-
-class _Attempt:
-    """One worker process over some jobs."""
-
-    def __init__(self, jobs: Sequence[EngineJob], scratch: Path, silence_limit_s: float) -> None:
-        self.jobs = {j.name: j for j in jobs}
-        self.silence_limit_s = silence_limit_s
-        self.log_path = scratch / "worker.log"
-        self.jobs_path = scratch / "jobs.json"
-        self.jobs_path.write_text(json.dumps([j.to_json() for j in jobs]))
-        self.failures: dict[str, str] = {}
-
-    def run(self, take: Callable[[EngineJob, dict[str, Any]], None], hardware: Hardware) -> None:
-        """Run the worker to its end, handing each result to `take` as it comes; what failed or hung is in `failures`."""
-        read_end, write_end = os.pipe()
-        environment = _build_environment(list(self.jobs.values()), hardware)
-        with self.log_path.open("wb") as log_file:
-            process = subprocess.Popen(
-                worker_command(self.jobs_path, write_end),
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                env=environment,
-                pass_fds=(write_end,),
-                start_new_session=True,
-            )
-        os.close(write_end)
-        current = next(iter(self.jobs))
-        try:
-            for event in _read_lines(read_end, self.silence_limit_s):
-                if event["event"] == "start":
-                    current = event["name"]
-                elif event["event"] == "result":
-                    take(self.jobs.pop(event["result"]["name"]), event["result"])
-                elif event["event"] == "failed":
-                    self.failures[event["name"]] = event["reason"]
-        except TimeoutError as error:
-            self.failures[current] = f"the worker was {error} and was ended"
-        finally:
-            os.close(read_end)
-            _end_group(process)
-        unexplained = [n for n in self.jobs if n not in self.failures]
-        if unexplained and not self.failures:
-            self.failures[unexplained[0]] = f"the worker ended early, status {process.returncode}"
+    def _keep_log(self, name: str, reason: str, worker_log: Path, num_tries: int) -> EngineFailure:
+        own = log_path(self._scratch, name)
+        source = own if own.is_file() and own.stat().st_size else worker_log
+        if not source.is_file():
+            return EngineFailure(name, reason.strip(), None, "", num_tries)
+        self._log_folder.mkdir(parents=True, exist_ok=True)
+        kept = self._log_folder / own.name
+        shutil.copy(source, kept)
+        return EngineFailure(name, reason.strip(), kept, read_tail(kept), num_tries)
 
 
 def run_engines(
@@ -168,30 +139,42 @@ def run_engines(
     progress: Progress = silent,
     silence_limit_s: float | None = None,
     hardware: Hardware | None = None,
+    process_each: bool = False,
+    retry: bool = True,
+    log_folder: Path | None = None,
 ) -> list[EngineResult]:
-    """Start each job's engine in one worker process, one after another, time it, and return the results in the jobs' order.
+    """Start each job's engine, one after another, time it, and return the results in the jobs' order.
+
+    One worker imports vLLM once and forks for each engine, or with `process_each` each engine has a worker of its own.
+    A job that crashes, hangs or runs out of memory is tried once more when all others have run.
 
     Args:
         jobs: what to measure; names must differ, and all serve with the same `multiprocess`.
         on_result: called with each result as soon as it is there, so that the caller can store it.
         progress: called after each engine ("engines").
         silence_limit_s: a worker that says nothing for this long is ended; by default 300 s eager, 900 s with an engine
-            core of its own (which imports vLLM twice more), 1,200 s compiled.
+            core of its own (which imports vLLM twice more), 1,200 s compiled. It may take 300 s to import vLLM in any case.
         hardware: this machine, by default as detected.
+        process_each: a process that imports vLLM for each engine (some 9 s more each), for engines that can't run in forks.
+        retry: try what failed once more.
+        log_folder: where the logs of engines that failed are kept; by default a new folder for temporary files.
 
     Raises:
         VllmMissingError: vLLM is not installed.
-        EngineFailedError: a job failed or hung, and again in a second worker; says which, and ends with the log's tail.
+        EngineRefusedError: the engine can't run these jobs, whatever is tried; nothing was started.
+        EngineFailedError: jobs failed or hung twice; raised when all others are done; names each with its log.
     """
     if not jobs:
         return []
     version, hardware = read_engine_version(), hardware or detect_hardware()
     assert len({j.name for j in jobs}) == len(jobs) and len({j.settings.multiprocess for j in jobs}) == 1
-    limit_s = silence_limit_s or _silence_limit_s(jobs)
+    limit_s, package = silence_limit_s or _silence_limit_s(jobs), read_package_version()
     results: dict[str, EngineResult] = {}
 
     def take(job: EngineJob, content: dict[str, Any]) -> None:
-        stamp = {"engine_version": version, "hardware": hardware.name, "num_threads": hardware.num_threads}
+        machine = {"hardware": hardware.name, "num_threads": hardware.num_threads, "driver": hardware.driver}
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        stamp = {"engine_version": version, **machine, "package": package, "measured_at": now}
         results[job.name] = EngineResult.from_json({**content, **stamp})
         if on_result is not None:
             on_result(job, results[job.name])
@@ -199,17 +182,15 @@ def run_engines(
 
     progress(0, len(jobs), "engines")
     start = time.perf_counter()
-    with tempfile.TemporaryDirectory(prefix="puzzle-dag-worker-") as scratch:
-        for attempt in range(2):
-            missing = [j for j in jobs if j.name not in results]
-            worker = _Attempt(missing, Path(scratch), limit_s)
-            worker.run(take, hardware)
-            if not worker.jobs:
-                break
-            name, reason = next(iter(worker.failures.items()))
-            if attempt == 1:
-                tail = _tail(worker.log_path)
-                raise EngineFailedError(f"engine {name!r} failed twice: {reason}\n--- end of the worker's log ---\n{tail}")
-            log.warning("engine %r failed (%s); %d of %d engines are tried once more", name, reason, len(worker.jobs), len(jobs))
-    log.info("%d engines in %.1f s", len(jobs), time.perf_counter() - start)
+    with tempfile.TemporaryDirectory(prefix="puzzle-dag-worker-") as folder:
+        scratch = Path(folder)
+        queue = _Queue(jobs, scratch, log_folder or Path(tempfile.gettempdir()) / f"puzzle-dag-logs-{scratch.name[-8:]}", retry=retry)
+        while queue.waiting:
+            taken = [queue.waiting.popleft() for _ in range(1 if process_each else len(queue.waiting))]
+            attempt = Attempt(taken, scratch, limit_s, forked=not process_each)
+            attempt.run(take, hardware)
+            queue.settle(attempt, any_result=bool(results))
+    log.info("%d engines in %.1f s", len(results), time.perf_counter() - start)
+    if queue.failures:
+        raise EngineFailedError(queue.failures, num_jobs=len(jobs), num_done=len(results))
     return [results[j.name] for j in jobs]

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,12 @@ class Hardware:
     """Model name, precise enough to key costs by it."""
     num_threads: int
     """CPU threads an engine uses; 0 on GPUs."""
+    memory_bytes: int = 0
+    """Memory of one GPU, or what this process may use of the machine's; 0 where that is not known."""
+    num_gpus: int = 0
+    """GPUs that torch sees."""
+    driver: str | None = None
+    """Version of the GPU's driver; None on CPUs or where it is not known."""
 
 
 def _read_cpu_name() -> str:
@@ -56,11 +63,35 @@ def count_engine_threads() -> int:
     return int(given) if given.isdigit() and int(given) > 0 else count_usable_cores()
 
 
+def read_memory_bytes() -> int:
+    """Return the bytes of main memory that this process may use: the machine's, or its control group's limit where that is lower."""
+    num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():  # "max" where there is no limit
+            num_bytes = min(num_bytes, int(text))
+    return num_bytes
+
+
+def _read_driver() -> str | None:
+    """Return the NVIDIA driver's version as nvidia-smi says it."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return lines[0] if lines else None
+
+
 def detect_hardware() -> Hardware:
     """Return this machine's GPU where torch sees one, else its processor."""
     if torch.cuda.is_available():
-        return Hardware("gpu", torch.cuda.get_device_name(0), 0)
-    return Hardware("cpu", f"{_read_cpu_name()}, {count_usable_cores()} cores", count_engine_threads())
+        memory_bytes, num_gpus = torch.cuda.get_device_properties(0).total_memory, torch.cuda.device_count()
+        return Hardware("gpu", torch.cuda.get_device_name(0), 0, memory_bytes, num_gpus, _read_driver())
+    return Hardware("cpu", f"{_read_cpu_name()}, {count_usable_cores()} cores", count_engine_threads(), read_memory_bytes())
 
 
 def check_hardware(target: Target, hardware: Hardware) -> None:
@@ -73,11 +104,20 @@ def check_hardware(target: Target, hardware: Hardware) -> None:
     if word is None and hardware.kind == "cpu":
         return
     if word is not None and hardware.kind == "gpu" and word in hardware.name.lower():
+        _check_num_gpus(target, hardware)
         return
     raise HardwareMismatchError(
         f"target {target.name!r}: field `hardware` is {target.hardware!r}, but this machine has {hardware.name}; "
         f"measure it on such a machine, or choose a target with `hardware: {'local-cpu' if hardware.kind == 'cpu' else '(this GPU)'}`"
     )
+
+
+def _check_num_gpus(target: Target, hardware: Hardware) -> None:
+    if target.tensor_parallel_size > hardware.num_gpus > 0:
+        raise HardwareMismatchError(
+            f"target {target.name!r}: field `tensor_parallel_size` is {target.tensor_parallel_size}, but this machine has "
+            f"{hardware.num_gpus} x {hardware.name}; lower it, or measure on a machine with as many GPUs"
+        )
 
 
 def measure_matmul_rate(dtype: torch.dtype = torch.bfloat16, seconds: float = 2.0, *, size: int = 2048) -> float:

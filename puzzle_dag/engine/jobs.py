@@ -18,7 +18,7 @@ class EngineSettings:
     dtype: str = "bfloat16"
     """Type of weights and activations."""
     quantization: str | None = None
-    """vLLM's name of a weight quantisation."""
+    """vLLM's name of a weight quantisation, or `w8a8_int8`."""
     kv_cache_dtype: str = "auto"
     """vLLM's name of the KV cache's type."""
     tensor_parallel_size: int = 1
@@ -136,6 +136,18 @@ class EngineResult:
     """Name of the machine's processor or GPU."""
     num_threads: int
     """CPU threads of the engine (0 on GPUs)."""
+    kv_cache_bytes: int | None = None
+    """Bytes that the engine was given for its KV cache, on one GPU; None where an older version of this package measured."""
+    kv_block_tokens: int | None = None
+    """Tokens of a block of that cache."""
+    device_bytes: int | None = None
+    """Most memory in use on one GPU when the engine had run; None on CPUs."""
+    driver: str | None = None
+    """Version of the GPU's driver; None on CPUs."""
+    package: str | None = None
+    """Version, and commit in a checkout, of this package."""
+    measured_at: str | None = None
+    """When, as ISO 8601 in UTC."""
 
     def at(self, batch: int) -> BatchTimes:
         """Return the times at a batch size. Raises KeyError where it was not measured."""

@@ -1,12 +1,14 @@
 """The engine worker: a process that imports vLLM once and times one engine after another.
 
-Run as `python -m puzzle_dag.engine.worker JOBS.json FD`: events go to the file descriptor as JSON lines, vLLM's
+Run as `python -m puzzle_dag.engine.worker JOBS.json FD forked`: events go to the file descriptor as JSON lines, vLLM's
 own output to stdout and stderr. Importing vLLM takes about 9 s, so it is imported once, and each engine runs in
 a fork of the process: it starts from the imported state, ends without tearing vLLM down (whose collections of
 the whole heap cost more than a small engine's start), leaks nothing into the next engine, and may crash alone.
+Each fork writes a log of its own beside JOBS.json. With `alone` in place of `forked`, one engine runs in the worker itself.
 """
 
 import ctypes
+import faulthandler
 import gc
 import importlib
 import json
@@ -22,12 +24,16 @@ from typing import Any
 
 import numpy as np
 
+from puzzle_dag.engine.inspection import check_precision, count_kv_bytes_per_token, read_device_bytes
+from puzzle_dag.engine.int8 import INT8, int8_config, write_int8_checkpoint
 from puzzle_dag.engine.jobs import BatchTimes, EngineJob, Workload
+from puzzle_dag.engine.kv_cache import count_kv_bytes_each, size_kv_cache
+from puzzle_dag.engine.watchdog import describe_status, log_path
 
-_KV_BLOCK_TOKENS = 128
 _MAX_PREFILL_TOKENS = 16_384
 _WARM_UP_TOKENS = 4
 _PR_SET_PDEATHSIG = 1
+_REPORTED = 2
 
 
 def _send(channel: int, event: str, **content: Any) -> None:
@@ -51,20 +57,6 @@ def count_prefill_tokens(workload: Workload) -> int:
     return max(min(whole, _MAX_PREFILL_TOKENS), workload.input_length, max(workload.batch_sizes))
 
 
-def size_kv_cache(config: dict[str, Any], workload: Workload, kv_bytes_each: int) -> int:
-    """Return bytes of KV cache that hold the largest batch, if every layer had as many KV heads as the widest.
-
-    A child never has more KV heads than the configuration's global count, so this is enough for any child. One
-    spare block a sequence and 8 more cover the engine's own reserve.
-    """
-    heads = config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    kv_heads = config.get("num_key_value_heads") or heads
-    blocks = -(-(workload.input_length + workload.output_length) // _KV_BLOCK_TOKENS) + 1
-    num_tokens = (max(workload.batch_sizes) * blocks + 8) * _KV_BLOCK_TOKENS
-    return int(num_tokens * config["num_hidden_layers"] * 2 * kv_heads * head_dim * kv_bytes_each)
-
-
 def count_tensor_bytes(folder: Path) -> int:
     """Return the bytes of the tensors in a checkpoint's safetensors files, read from their headers.
 
@@ -79,21 +71,19 @@ def count_tensor_bytes(folder: Path) -> int:
 
 
 def _read_config(job: EngineJob, scratch: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the checkpoint's folder and configuration; one with dummy weights is written into `scratch`."""
-    if job.folder is not None:
-        folder = Path(job.folder)
-        return folder, json.loads((folder / "config.json").read_text())
-    assert job.config is not None
-    (scratch / "config.json").write_text(json.dumps(job.config))
-    return scratch, job.config
+    """Return the checkpoint's folder and configuration, in the job's precision; what is made up or converted goes into `scratch`."""
+    if job.config is not None:
+        config = int8_config(job.config) if job.settings.quantization == INT8 else job.config
+        (scratch / "config.json").write_text(json.dumps(config))
+        return scratch, config
+    assert job.folder is not None
+    folder = Path(job.folder)
+    if job.settings.quantization == INT8:
+        folder = write_int8_checkpoint(folder, scratch)
+    return folder, json.loads((folder / "config.json").read_text())
 
 
-def _kv_bytes_each(job: EngineJob) -> int:
-    name = job.settings.dtype if job.settings.kv_cache_dtype == "auto" else job.settings.kv_cache_dtype
-    return 4 if name == "float32" else 2
-
-
-def _start_engine(job: EngineJob, folder: Path, config: dict[str, Any]) -> Any:
+def _start_engine(job: EngineJob, folder: Path, kv_cache_bytes: int) -> Any:
     from vllm import LLM
 
     workload, settings = job.workload, job.settings
@@ -102,7 +92,8 @@ def _start_engine(job: EngineJob, folder: Path, config: dict[str, Any]) -> Any:
         load_format="dummy" if job.folder is None else "safetensors",
         skip_tokenizer_init=True,
         dtype=settings.dtype,
-        quantization=settings.quantization,
+        # vLLM reads int8 W8A8 off the configuration; every other name is an argument of its own.
+        quantization=None if settings.quantization == INT8 else settings.quantization,
         kv_cache_dtype=settings.kv_cache_dtype,
         tensor_parallel_size=settings.tensor_parallel_size,
         enforce_eager=settings.mode == "eager",
@@ -110,7 +101,7 @@ def _start_engine(job: EngineJob, folder: Path, config: dict[str, Any]) -> Any:
         max_model_len=workload.input_length + workload.output_length,
         max_num_seqs=max(workload.batch_sizes),
         max_num_batched_tokens=count_prefill_tokens(workload),
-        kv_cache_memory_bytes=size_kv_cache(config, workload, _kv_bytes_each(job)),
+        kv_cache_memory_bytes=kv_cache_bytes,
         disable_log_stats=False,
         seed=0,
     )
@@ -149,57 +140,87 @@ def _time_batches(llm: Any, job: EngineJob, vocab_size: int, channel: int) -> li
     return [BatchTimes(b, tuple(p for p, _ in pairs), tuple(t for _, t in pairs)) for b, pairs in seconds.items()]
 
 
-def _count_kv_bytes_per_token(worker: Any) -> float:
-    """Return the bytes a token takes in one of the engine's workers; runs there, since a reply of vLLM's own types never arrives."""
-    return float(sum(spec.page_size_bytes / spec.block_size for spec in worker.get_kv_cache_spec().values()))
-
-
 def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
+    settings = job.settings
     with tempfile.TemporaryDirectory(prefix="puzzle-dag-engine-") as scratch:
         folder, config = _read_config(job, Path(scratch))
+        kv_cache_bytes = size_kv_cache(config, job.workload, count_kv_bytes_each(settings), settings.tensor_parallel_size)
         start = time.perf_counter()
-        llm = _start_engine(job, folder, config)
+        llm = _start_engine(job, folder, kv_cache_bytes)
         start_s = time.perf_counter() - start
         _send(channel, "alive", name=job.name)
+        check_precision(llm, settings)
         times = _time_batches(llm, job, config["vocab_size"], channel)
-        kv_bytes = sum(llm.collective_rpc(_count_kv_bytes_per_token))
+        kv_bytes = sum(llm.collective_rpc(count_kv_bytes_per_token))
+        device_bytes = max(llm.collective_rpc(read_device_bytes))
         cache = llm.llm_engine.vllm_config.cache_config
-        if job.settings.multiprocess:
+        if settings.multiprocess:
             llm.llm_engine.engine_core.shutdown()
+        weight_bytes = None if job.folder is None else count_tensor_bytes(folder)
     peak_kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {
         "name": job.name,
         "times": [{"batch": t.batch, "prefill_s": t.prefill_s, "total_s": t.total_s} for t in times],
-        "weight_bytes": None if job.folder is None else count_tensor_bytes(folder),
+        "weight_bytes": weight_bytes,
         "kv_bytes_per_token": round(kv_bytes),
         "kv_capacity_tokens": (cache.num_gpu_blocks or 0) * cache.block_size if kv_bytes else 0,
+        "kv_cache_bytes": kv_cache_bytes,
+        "kv_block_tokens": cache.block_size,
+        "device_bytes": round(device_bytes) or None,
         "peak_rss_bytes": peak_kib * 1024,
         "start_s": start_s,
     }
 
 
-def _run_forked(job: EngineJob, channel: int) -> None:
-    """Run one job in a fork; whatever becomes of the fork, exactly one "result" or "failed" event is sent."""
+def _run(job: EngineJob, channel: int) -> int:
+    """Run one job in this process and send its "result" or "failed"; return the status to exit with."""
+    try:
+        _send(channel, "result", result=_measure(job, channel))
+    except Exception:
+        traceback.print_exc()
+        _send(channel, "failed", name=job.name, reason=traceback.format_exc(limit=-3))
+        return _REPORTED
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
+
+
+def _run_forked(job: EngineJob, channel: int, log: Path | None = None) -> None:
+    """Run one job in a fork, with a log of its own; whatever becomes of the fork, exactly one "result" or "failed" event is sent."""
     process = os.fork()
     if process == 0:
         status = 1
         try:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _follow_parent(signal.SIGKILL)
-            _send(channel, "result", result=_measure(job, channel))
-            status = 0
-        except Exception:
-            traceback.print_exc()
-            _send(channel, "failed", name=job.name, reason=traceback.format_exc(limit=-3))
-            status = 2
+            if log is not None:
+                own = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+                os.dup2(own, sys.stdout.fileno())
+                os.dup2(own, sys.stderr.fileno())
+            status = _run(job, channel)
         finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(status)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-    if code not in (0, 2):
-        reason = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
-        _send(channel, "failed", name=job.name, reason=f"the engine's process {reason}")
+    if code not in (0, _REPORTED):
+        _send(channel, "failed", name=job.name, reason=f"the engine's process {describe_status(code)}")
+
+
+def _find_refusal(jobs: list[EngineJob]) -> str | None:
+    """Return why no engine can run these jobs, by vLLM's own lists, or None: told now, it costs no engine's start."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
+    sizes = importlib.import_module("vllm.v1.attention.backends.cpu_attn").CPUAttentionBackend.get_supported_head_sizes()
+    for job in jobs:
+        config = job.config or json.loads((Path(job.folder or "") / "config.json").read_text())
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        if head_dim not in sizes:
+            return (
+                f"head_dim is {head_dim}; the attention of vLLM's CPU build does {', '.join(map(str, sizes))}, so serve this model on a GPU"
+            )
+    return None
 
 
 def _import_engine() -> None:
@@ -218,20 +239,29 @@ def _import_engine() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the jobs in a file and send their events to a file descriptor: `worker JOBS.json FD`."""
-    jobs = [EngineJob.from_json(j) for j in json.loads(Path(arguments[0]).read_text())]
-    channel = int(arguments[1])
+    """Run the jobs in a file and send their events to a file descriptor: `worker JOBS.json FD forked|alone`."""
+    path, channel, alone = Path(arguments[0]), int(arguments[1]), arguments[2] == "alone"
+    jobs = [EngineJob.from_json(j) for j in json.loads(path.read_text())]
     os.set_inheritable(channel, False)
+    faulthandler.enable()  # a crash, and the signal that ends an engine that hangs, leave a traceback in the log
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     if os.getpgid(0) == os.getpid():  # started by the client: a killed client must not leave engines behind
         signal.signal(signal.SIGTERM, _end_group)
         _follow_parent(signal.SIGTERM)
     _import_engine()
+    refusal = _find_refusal(jobs)
+    if refusal is not None:
+        _send(channel, "refused", reason=refusal)
+        return
     gc.collect()
     gc.freeze()
     _send(channel, "ready")
     for job in jobs:
         _send(channel, "start", name=job.name)
-        _run_forked(job, channel)
+        if alone:
+            _run(job, channel)
+        else:
+            _run_forked(job, channel, log_path(path.parent, job.name))
 
 
 if __name__ == "__main__":

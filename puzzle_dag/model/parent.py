@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from puzzle_dag.architecture import FFN, Attention, Block
-from puzzle_dag.config import ParentSource
+from puzzle_dag.config import ParentSource, read_shape
 from puzzle_dag.model.checkpoint import load_strictly
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.model.families import FAMILIES, UnsupportedFamilyError, to_puzzle_dag_config
@@ -24,6 +24,13 @@ from puzzle_dag.store import digest_tensors, fingerprint
 
 _PLACE_PREFIXES = {"attention": ("input_layernorm.", "self_attn."), "ffn": ("post_attention_layernorm.", "mlp.")}
 _CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+
+
+_SHAPE_FREE = ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures", "use_cache", "initializer_range")
+
+
+class ParentShapeError(ValueError):
+    """A checkpoint that isn't of the shape that its profile names."""
 
 
 class ParentNotFoundError(ValueError):
@@ -85,16 +92,19 @@ def _checkpoint_location(source: ParentSource, root: Path) -> Path | str:
 
 
 def read_parent_shape(source: ParentSource, root: Path) -> PuzzleDagConfig:
-    """Return the parent's configuration without reading its weights.
+    """Return the parent's configuration without reading its weights: off the shape file where the profile names one.
 
     Args:
         source: where the parent comes from; a local path is relative to `root`.
         root: the project's root.
 
     Raises:
+        ConfigError: the shape file can't be used.
         ParentNotFoundError: the folder is missing or holds no config.json, or the hub does not have it.
         UnsupportedFamilyError: the checkpoint is of another family; the message lists the supported ones.
     """
+    if source.shape is not None:
+        return _read_shape_file(root, source.shape)
     location = _checkpoint_location(source, root)
     try:
         config = AutoConfig.from_pretrained(location, revision=source.revision, trust_remote_code=source.trust_remote_code)
@@ -104,6 +114,26 @@ def read_parent_shape(source: ParentSource, root: Path) -> PuzzleDagConfig:
         supported = ", ".join(FAMILIES)
         raise UnsupportedFamilyError(f"parent: the family of {location} is not known; use a parent of: {supported} ({error})") from error
     return to_puzzle_dag_config(config)
+
+
+def _read_shape_file(root: Path, name: str) -> PuzzleDagConfig:
+    shape = read_shape(root / "conf", name)
+    fields = dict(shape.config)
+    family = fields.pop("model_type", None)
+    if family not in FAMILIES:
+        raise UnsupportedFamilyError(f"shape {name}: field `config.model_type` is {family!r}; use one of {', '.join(FAMILIES)}")
+    return to_puzzle_dag_config(AutoConfig.for_model(family, **fields))
+
+
+def _check_shape(name: str, shape: PuzzleDagConfig, config: PuzzleDagConfig) -> None:
+    """Check that a checkpoint is what the shape file says. Raises ParentShapeError, naming the first field that differs."""
+    said, found = shape.to_dict(), config.to_dict()
+    for field in sorted(said):
+        if field not in _SHAPE_FREE and not field.endswith("token_id") and said[field] != found.get(field):
+            raise ParentShapeError(
+                f"parent.shape: conf/shapes/{name}.yaml says {field} is {said[field]!r}, but the checkpoint's is {found.get(field)!r}; "
+                "correct the file, or take `shape` out of the profile"
+            )
 
 
 def _fetch(source: ParentSource, location: Path | str) -> Path:
@@ -151,9 +181,12 @@ def load_parent(source: ParentSource, root: Path, *, dtype: str | None = None, d
     Raises:
         ParentNotFoundError: the folder is missing or is no safetensors checkpoint, or the hub does not have it.
         UnsupportedFamilyError: the checkpoint is of another family; raised before weights are read or fetched.
+        ParentShapeError: the profile names a shape, and the checkpoint is of another.
         CheckpointMismatchError: the checkpoint lacks tensors that its configuration asks for, or has others.
     """
-    config = read_parent_shape(source, root)
+    config = read_parent_shape(source.model_copy(update={"shape": None}), root)
+    if source.shape is not None:
+        _check_shape(source.shape, _read_shape_file(root, source.shape), config)
     folder = _fetch(source, _checkpoint_location(source, root))
     model = load_strictly(folder, config, dtype=dtype, device=device)
     digest, layer_digests = _digest_folder(folder, config)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_dag.engine.jobs import Workload
-from puzzle_dag.engine.worker import count_prefill_tokens, size_kv_cache
+from puzzle_dag.engine.kv_cache import size_kv_cache
+from puzzle_dag.engine.worker import count_prefill_tokens
 from puzzle_dag.store import write_atomically
 
 _COUNTERS = {

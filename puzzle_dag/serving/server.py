@@ -14,7 +14,8 @@ from pathlib import Path
 from puzzle_dag.config import Target
 from puzzle_dag.engine.hardware import Hardware, detect_hardware
 from puzzle_dag.engine.jobs import Workload
-from puzzle_dag.engine.worker import count_prefill_tokens, size_kv_cache
+from puzzle_dag.engine.kv_cache import size_kv_cache
+from puzzle_dag.engine.worker import count_prefill_tokens
 from puzzle_dag.serving.program import Program, engine_environment
 
 HOST = "127.0.0.1"

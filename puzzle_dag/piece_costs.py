@@ -70,7 +70,9 @@ class PieceCosts:
     source: CostSource = "measured"
 
     @staticmethod
-    def same_in_every_layer(pieces: Mapping[tuple[Place, str], PieceCost], *, num_layers: int) -> dict[tuple[int, Place, str], PieceCost]:
+    def same_in_every_layer(
+        pieces: "Mapping[tuple[Place, str], PieceCost]", *, num_layers: int
+    ) -> "dict[tuple[int, Place, str], PieceCost]":
         """Return `pieces` for a model whose layers all have one shape, so that a variant costs the same in each."""
         return {(layer, place, name): cost for layer in range(num_layers) for (place, name), cost in pieces.items()}
 

@@ -73,9 +73,13 @@ def _mapping(key: Any, value: Any) -> Any:
 def _union(arguments: list[Any]) -> Any:
     if len(arguments) == 1:
         return _kind(arguments[0])
+    # A form has room for a word or one other shape of a field, the first; the file takes every shape. Of a word or a mapping, Dagster
+    # can only say "anything".
     kinds = [_kind(a) for a in arguments]
     scalars = [str if isinstance(k, dg.Enum) else k for k in kinds if isinstance(k, dg.Enum) or k in _SCALARS.values()]
-    others = [k for k in kinds if isinstance(k, (dg.Array, dg.Shape, dg.Map))]
-    if len(scalars) == 1 and len(others) == 1:
+    others = [k for k in kinds if isinstance(k, (dg.Array, dg.Shape))]
+    if others and not scalars:
+        return others[0]
+    if others and len(scalars) == 1:
         return dg.ScalarUnion(scalar_type=scalars[0], non_scalar_schema=others[0])
     return dg.Any

@@ -10,10 +10,13 @@ import pytest
 from assets import demo
 from assets.demo import describe_machine
 from assets.reports import read_commit, results_table, scenario_facts, stage_seconds, write_reports
+from puzzle_dag.architecture import FFN, Block
 from puzzle_dag.children.divergence import Divergence, Estimate
 from puzzle_dag.children.retention import MeanRetention, Retention
 from puzzle_dag.children.serve import ServedModel, ServingReport, SpeedUp
-from puzzle_dag.config import read_scenario, read_target
+from puzzle_dag.config import ParentSource, read_scenario, read_target
+from puzzle_dag.costs.roofline import estimate_table
+from puzzle_dag.model.parent import read_parent_shape
 from puzzle_dag.report.tables import text_table
 from puzzle_dag.search.solution import BatchOutcome, Choice, LimitReport, Solution
 from puzzle_dag.store import fingerprint
@@ -122,6 +125,7 @@ def test_the_table_shows_what_was_recorded(plan, workspace):
     assert dict(table.rows) == {
         "asked for": "throughput_tokens_per_s at least 1.5 x the parent's, batch 8",
         "target, batch": "cpu-prefill, 8",
+        "costs": "measured",
         "throughput, parent": "2,048 tokens/s",
         "throughput, predicted": "3,100 tokens/s",
         "throughput, measured": "3,012 tokens/s, 1.47 x (1.40 to 1.54)",
@@ -140,7 +144,8 @@ def test_the_table_shows_what_was_recorded(plan, workspace):
 
 
 def test_what_did_not_run_is_said_to_be_so(plan, workspace):
-    put_scenario(workspace, "latency-70", solution("latency-70", limits=[]))
+    limit = LimitReport("latency_s", "cpu-prefill", 8, None, None, 0.7, 0.66, 1.0)
+    put_scenario(workspace, "latency-70", solution("latency-70", limits=[asdict(limit)]))
     facts = [scenario_facts(plan, workspace, n) for n in (NAME, "latency-70")]
     rows = {name: cells for name, *cells in results_table(workspace, facts).rows}
     assert rows["throughput, measured"][1] == rows["retention skill_sort"][1] == "not run"
@@ -173,8 +178,10 @@ def test_stages_add_up_their_partitions_in_the_order_of_the_data_flow(plan, work
 def test_reports_are_written_once_and_again_only_when_something_changed(plan, workspace):
     scores = [{"layer": layer, "block": block, "kl": 0.1} for layer in range(2) for block in ("kv8/w768", "kv4/w384")]
     write_rows(workspace.tables / "score_table.parquet", scores)
-    row = {"batch": 8, "phase": "prefill", "place": "ffn", "variant": "w768", "seconds": 0.01}
-    write_rows(workspace.tables / "costs" / "cpu-prefill.parquet", [row])
+    shape, target = read_parent_shape(ParentSource(path="parents/tiny"), CONF.parent), read_target(CONF, "h100-long-prompt")
+    parent = Block.parse("kv8/w768")
+    costs = estimate_table(shape, parent, target, [parent.attention], [parent.ffn, FFN("swiglu", 384)])
+    costs.write(workspace.tables / "costs" / "cpu-prefill.parquet")
     workspace.shelf.put("score_table", None, {}, data_version="v")
     workspace.shelf.put("cost_table", None, {"targets": {"cpu-prefill": "v"}}, data_version="v")
 

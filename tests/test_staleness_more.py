@@ -54,7 +54,7 @@ def status(project: Project) -> list[str]:
 
 def test_another_version_of_a_stage_runs_it_and_says_code(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     def newer(module: str) -> int:
-        return stage_version(module) + (module == "puzzle_dag.search.solve")
+        return stage_version(module) + (module == "puzzle_dag.search.answer")
 
     with monkeypatch.context() as patch:
         patch.setattr(planning, "stage_version", newer)
@@ -250,7 +250,7 @@ def test_auto_mode_runs_wave_by_wave_what_a_refresh_would(project: Project, monk
             raise RuntimeError("broken")
 
         with monkeypatch.context() as patch:
-            patch.setattr("puzzle_dag.search.solve.solve_scenario", broken)
+            patch.setattr("puzzle_dag.search.answer.answer_scenario", broken)
             project.edit(file, constraints={"parameters": {"at_most": 0.93, "relative_to": "parent"}})
             assert [daemon.tick() for _ in range(4)] == [{"scenario_spec[micro-light]"}, {"solution[micro-light]"}, set(), set()]
         file.write_text(text)

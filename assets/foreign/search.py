@@ -73,7 +73,7 @@ def foreign_search_assets(plan: ForeignPlan) -> list[dg.AssetsDefinition]:
             "solution",
             deps=["library_file", "scenario_spec"],
             partitions=plan.partitions.scenarios,
-            stages=["puzzle_dag.search.solve"],
+            stages=["puzzle_dag.search.answer"],
             kinds=("highs",),
             description="The chosen variant of every layer, proven by HiGHS; several where the scenario asks for several.",
         )

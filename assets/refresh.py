@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import dagster as dg
 from dagster._core.errors import DagsterAssetCheckFailedError
@@ -225,7 +225,10 @@ class Refresh:
         self, item: Item, reasons: list[str], done: State, job: dg.JobDefinition, assets: list[dg.AssetKey] | None = None
     ) -> Outcome:
         start_s = time.perf_counter()
-        anew = {"workspace": self._workspace.model_copy(update={"anew": True})} if self._among(item, self._anew) else None
+        config: dict[str, Any] = dict(_QUIET)
+        if self._among(item, self._anew):
+            workspace = {"root": self._workspace.root, "profile": self._workspace.profile, "anew": True}
+            config["resources"] = {"workspace": {"config": workspace}}
         tags = {"puzzle_dag/refresh": self._plan.profile.name}
         if assets is None and item.partition is not None:
             # A run of checks alone has no assets by which Dagster could look the partition up; the tag is all that it needs.
@@ -236,8 +239,7 @@ class Refresh:
                     instance=self._instance,
                     asset_selection=assets,
                     partition_key=item.partition if assets else None,
-                    run_config=_QUIET,
-                    resources=anew,
+                    run_config=config,
                     raise_on_error=True,
                     tags=tags,
                 )

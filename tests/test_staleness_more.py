@@ -84,7 +84,7 @@ def test_a_new_engine_measures_again(project: Project, engine: TickingEngine, mo
         record = project.refresh()
         assert measured <= set(record.ran) and record.ok
         num_engines = project.workspace.shelf.value("block_costs", "micro-eager")["num_engines"]
-        assert len(engine.probes) == num_engines > 0
+        assert len(engine.probes) >= num_engines > 0  # held-out models come on top
         assert not any(item.startswith(("block_library", "block_scores", "accuracy")) for item in record.ran)
     engine.jobs.clear()
     assert measured <= set(project.refresh().ran) and engine.jobs == []  # what the former one measured is in the store
@@ -120,7 +120,7 @@ def test_what_is_asked_for_anew_is_made_though_it_is_stored(project: Project, en
     replaced = {folder for folder, time in times().items() if before.get(folder) != time}
     kinds = {Path(folder).relative_to(project.root / "var" / "store").parts[0] for folder in replaced}
     assert {"piece", "uptrained_child"} <= kinds and not {"child", "grades"} & kinds
-    assert len(engine.probes) == project.workspace.shelf.value("block_costs", "micro-eager")["num_engines"]
+    assert len(engine.probes) >= project.workspace.shelf.value("block_costs", "micro-eager")["num_engines"]
     assert project.refresh().ran == []
 
 
@@ -172,7 +172,8 @@ def test_the_launchpads_form_adds_a_scenario_and_solves_only_it(project: Project
         },
     )
     ran = runs_since(project, count)
-    assert {partition for _, partition in ran} == {"fast"}
+    # The tables gather what there is; nothing else that isn't of the new scenario ran.
+    assert {p for _, p in ran} == {"fast", None} and {a for a, p in ran if p is None} == GATHERED
     assert {asset for asset, _ in ran} >= {"scenario_spec", "solution", "child", "uptrained_child", "accuracy", "serving"}
     file.write_text(text)
     assert set(project.refresh().ran) <= GATHERED
@@ -255,6 +256,6 @@ def test_auto_mode_runs_wave_by_wave_what_a_refresh_would(project: Project, monk
             assert [daemon.tick() for _ in range(4)] == [{"scenario_spec[micro-light]"}, {"solution[micro-light]"}, set(), set()]
         file.write_text(text)
         assert daemon.tick() == {"scenario_spec[micro-light]"}
-        assert daemon.tick() == {"uptrained_child[micro-light]"}  # the former solution holds again; the former budget is back
+        assert [daemon.tick() for _ in range(2)] == [{"solution[micro-light]"}, {"uptrained_child[micro-light]"}]
     project.refresh()
     assert project.refresh().ran == []

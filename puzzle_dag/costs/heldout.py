@@ -144,7 +144,8 @@ def measure_and_compare(
     rounds = measure_models(shape, [*probes, *heldout], target, store, remeasure=remeasure, progress=progress)
     # Without a second engine nobody could say how much of an error is noise.
     twice = target.model_copy(update={"engines_per_probe": max(2, target.engines_per_probe)})
-    again = measure_models(shape, heldout, twice, store, remeasure=remeasure, progress=progress) if heldout else []
+    anew = remeasure and target.engines_per_probe < twice.engines_per_probe
+    again = measure_models(shape, heldout, twice, store, remeasure=anew, progress=progress) if heldout else []
     table = measure_target(shape, parent_block, target, attentions, ffns, store)
     of_probes = set(probes)
     rows = compare(table, [m for m in rounds if m.architecture in of_probes], "probe")

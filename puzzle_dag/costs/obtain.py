@@ -62,7 +62,7 @@ def obtain_costs(
         ffns: FFN variants, likewise.
         store: keeps each engine's measurement.
         analytic: accept an estimate where this machine can't measure the target; a scenario opts in to that.
-        remeasure: measure anew and replace what is stored.
+        remeasure: measure here again what is stored, and replace it; what was imported stays.
         progress: called after each engine.
 
     Raises:

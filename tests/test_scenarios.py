@@ -143,7 +143,7 @@ def test_the_sensor_takes_a_dropped_file_in(project: Project) -> None:
         assert not sensor.evaluate_tick(dg.build_sensor_context(instance=instance, cursor=first.cursor)).run_requests
         project.profile_file.write_text("version: 1\nscenarios: [micro-small]\n")
         broken = sensor.evaluate_tick(dg.build_sensor_context(instance=instance, cursor=first.cursor))
-        assert not broken.run_requests and "`parent` is missing" in (broken.skip_message or "") and broken.cursor == first.cursor
+        assert not broken.run_requests and "is missing" in (broken.skip_message or "") and broken.cursor == first.cursor
 
 
 def launch(project: Project, **form: Any) -> dg.ExecuteInProcessResult:
@@ -182,7 +182,7 @@ def test_what_the_file_may_not_say_the_form_may_not_either(project: Project, cha
         ({"target": "nowhere"}, "nowhere"),
         ({"constraints": {"memory": {"at_most": 1}}}, '"memory"'),
         ({"constraints": {"parameters": {"at_most": "much"}}}, "much"),
-        ({"objective": {"minimize": "loss"}}, "loss"),
+        ({"objective": {"maximize": "loss"}}, "loss"),
         ({"uptrain": {}}, "tokens"),
         ({"floor": 1}, "floor"),
     ],

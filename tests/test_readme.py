@@ -18,12 +18,12 @@ TEXT = {page.name: re.sub(r"<!--.*?-->", "", page.read_text(), flags=re.DOTALL) 
 
 
 def yaml_blocks(kind: type) -> list[tuple[str, str]]:
-    """Return (page, text) of the YAML blocks that are of one kind, told by a field that only it has."""
-    mark = {Profile: "parent:", Scenario: "target:", Target: "hardware:", ForeignProfile: "library_file:", ForeignScenario: "library: "}[
+    """Return (page, text) of the YAML blocks that are whole files of one kind, told by a field that only it has."""
+    mark = {Profile: "parent:", Scenario: "target:", Target: "hardware:", ForeignProfile: "library_file:", ForeignScenario: r"library: \w"}[
         kind
     ]
-    blocks = [(page, block) for page, text in TEXT.items() for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
-    return [(page, block) for page, block in blocks if re.search(rf"^{mark}", block, re.MULTILINE)]
+    blocks = [(page, re.sub(r"^#.*\n", "", b)) for page, text in TEXT.items() for b in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+    return [(page, block) for page, block in blocks if block.startswith("version:") and re.search(rf"^{mark}", block, re.MULTILINE)]
 
 
 @pytest.mark.parametrize("kind", [Profile, Scenario, Target, ForeignProfile, ForeignScenario])

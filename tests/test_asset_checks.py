@@ -28,6 +28,7 @@ def project(micro_parent_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         TickingEngine().install(patch)
         made = make_project(tmp_path_factory.mktemp("checks"), micro_parent_folder)
         made.edit(made.profile_file, scenarios=[SCENARIO])
+        made.edit(made.root / "conf" / "targets" / f"{TARGET}.yaml", batch_sizes=[2, 8])
         record = made.refresh()
         assert record.ok, [(str(o.item), o.reasons) for o in (*record.of("failed"), *record.of("waits"))]
         yield made

@@ -341,7 +341,7 @@ def test_names_that_would_leave_the_folder_are_refused(name):
 
 
 def test_a_missing_file_lists_what_there_is():
-    with pytest.raises(ConfigError, match=r"does not exist; did you mean `cpu-chat`\?; there are: cpu-chat, cpu-prefill"):
+    with pytest.raises(ConfigError, match=r"does not exist; did you mean `cpu-chat`\?; there are: cpu-chat, cpu-chat-precise, cpu-prefill"):
         read_target(CONF, "cpu-chta")
 
 

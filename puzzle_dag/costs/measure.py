@@ -26,7 +26,7 @@ from puzzle_dag.store import ArtifactStore, fingerprint
 
 log = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 PROBE_KIND = "probe"
 """Kind of one engine's measurement in the artifact store."""
 

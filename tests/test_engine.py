@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from puzzle_dag.costs.measure import PROBE_KIND, WorkloadTooLongError, measure_t
 from puzzle_dag.costs.memory import NumberTypes, kv_bytes_per_token, weight_bytes
 from puzzle_dag.engine import client, hardware, watchdog, worker
 from puzzle_dag.engine.client import EngineFailedError, VllmMissingError, read_engine_version, run_engines
+from puzzle_dag.engine.environment import KEEP_MEMORY, engine_environment
 from puzzle_dag.engine.hardware import Hardware, HardwareMismatchError, check_hardware, detect_hardware, measure_matmul_rate
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
 from puzzle_dag.engine.kv_cache import size_kv_cache
@@ -225,6 +227,33 @@ def test_threads_follow_the_environment(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS")
     assert hardware.count_engine_threads() == len(os.sched_getaffinity(0))
     assert f"{len(os.sched_getaffinity(0))} cores" in detect_hardware().name
+
+
+PAGES_OF_A_FREED_BLOCK = """
+import ctypes, resource, sys
+size = 48 << 20
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+def touch():
+    block = libc.malloc(ctypes.c_size_t(size))
+    ctypes.memset(block, 1, size)
+    libc.free(block)
+touch()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+touch()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_an_engine_keeps_the_memory_that_it_frees(monkeypatch):
+    for name in KEEP_MEMORY:
+        monkeypatch.delenv(name, raising=False)
+    cpu, gpu = (engine_environment(replace(detect_hardware(), kind=kind)) for kind in ("cpu", "gpu"))
+    command = [sys.executable, "-c", PAGES_OF_A_FREED_BLOCK]
+    faults = [int(subprocess.run(command, env=e, capture_output=True, check=True).stdout) for e in (cpu, gpu)]
+    assert 4 * faults[0] < faults[1], "48 MiB are 12,288 pages, 24 where the system hands out huge ones"
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
+    assert engine_environment(replace(detect_hardware(), kind="cpu"))["MALLOC_MMAP_MAX_"] == "7"
 
 
 def test_matmul_rate_is_that_of_a_product_timed_here():

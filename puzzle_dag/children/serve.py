@@ -16,7 +16,7 @@ from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Work
 from puzzle_dag.paired_ratio import estimate_ratio
 from puzzle_dag.progress import Progress, silent
 
-VERSION = 1
+VERSION = 2
 
 PARENT = "parent"
 """Name of the parent among the served models."""

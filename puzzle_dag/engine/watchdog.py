@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from puzzle_dag.engine.environment import engine_environment
 from puzzle_dag.engine.hardware import Hardware
 from puzzle_dag.engine.jobs import EngineJob
 
@@ -54,25 +55,9 @@ def read_tail(path: Path) -> str:
 
 
 def _build_environment(jobs: Sequence[EngineJob], hardware: Hardware) -> dict[str, str]:
-    """Return the worker's environment.
-
-    Threads are as many as the cores and not bound to them ("nobind"): vLLM's "auto" gives one core of each engine away
-    to a scheduler process, half of a two-core machine, and binding suffers where something else shares the cores.
-    At the end of a parallel region OpenMP's threads spin for some 16 ms by default; beside a busy neighbour engines then
-    take minutes where they need seconds, so they spin for some 50 us. What the user's environment sets goes first.
-    """
+    """Return the worker's environment."""
     multiprocess = jobs[0].settings.multiprocess
-    environment = {
-        **os.environ,
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocess else "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    environment.setdefault("GOMP_SPINCOUNT", "1000")
-    if hardware.kind == "cpu":
-        environment["OMP_NUM_THREADS"] = str(hardware.num_threads)
+    environment = {**engine_environment(hardware), "VLLM_ENABLE_V1_MULTIPROCESSING": "1" if multiprocess else "0"}
     if multiprocess or jobs[0].settings.tensor_parallel_size > 1:
         # Lets our own function that counts KV bytes travel to the engine's processes; they are our children.
         environment["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"

@@ -19,7 +19,7 @@ from puzzle_dag.progress import Progress, silent
 from puzzle_dag.serving.load import LoadPoint, put_under_load
 from puzzle_dag.serving.server import serve
 
-VERSION = 1
+VERSION = 2
 
 PARENT = "parent"
 """Name of the parent among the served models."""

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from puzzle_dag.config import Target
+from puzzle_dag.engine.environment import engine_environment
 from puzzle_dag.engine.hardware import Hardware
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.serving.bench import PARTIAL
-from puzzle_dag.serving.program import Program, engine_environment
+from puzzle_dag.serving.program import Program
 from puzzle_dag.serving.server import HOST, Server
 
 POINT_LIMIT_S = 900.0

@@ -10,24 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from puzzle_dag.engine.hardware import Hardware
-
 _LOG_TAIL_LINES = 40
 _GRACE_S = 15.0
-
-
-def engine_environment(hardware: Hardware) -> dict[str, str]:
-    """Return the environment of a program that runs vLLM; what the user's own environment sets goes first.
-
-    Threads are as many as the cores and not bound to them, and spin briefly: vLLM's "auto" gives a core of each engine
-    away to a scheduler process, half of a two-core machine, and long spinning starves whatever shares the cores.
-    """
-    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    environment.setdefault("GOMP_SPINCOUNT", "1000")
-    if hardware.kind == "cpu":
-        environment["OMP_NUM_THREADS"] = str(hardware.num_threads)
-    return environment
 
 
 class Program:

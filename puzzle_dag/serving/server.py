@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from puzzle_dag.config import Target
+from puzzle_dag.engine.environment import engine_environment
 from puzzle_dag.engine.hardware import Hardware, detect_hardware
 from puzzle_dag.engine.jobs import Workload
 from puzzle_dag.engine.kv_cache import size_kv_cache
 from puzzle_dag.engine.worker import count_prefill_tokens
-from puzzle_dag.serving.program import Program, engine_environment
+from puzzle_dag.serving.program import Program
 
 HOST = "127.0.0.1"
 START_LIMIT_S = 900.0

@@ -17,13 +17,14 @@ from typing import Any
 
 from puzzle_dag.config import SpeculationSettings, Target
 from puzzle_dag.engine.client import read_engine_version
+from puzzle_dag.engine.environment import engine_environment
 from puzzle_dag.engine.hardware import Hardware, check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineSettings
 from puzzle_dag.paired_ratio import estimate_ratio
 from puzzle_dag.progress import Progress, silent
-from puzzle_dag.serving.program import Program, engine_environment
+from puzzle_dag.serving.program import Program
 
-VERSION = 1
+VERSION = 2
 
 ENGINE_LIMIT_S = 1200.0
 """Seconds that one engine may take: its start, compiling included, and all its generations."""

@@ -146,6 +146,7 @@ def test_compiled(make_child: MakeChild, micro_tokenizer: Any, tmp_path: Path) -
 @pytest.mark.parametrize("option", ["", "tensor_parallel_size", "pipeline_parallel_size"])
 def test_in_several_processes(option: str, make_child: MakeChild, micro_tokenizer: Any, tmp_path: Path) -> None:
     model = fuse_model(make_child("qwen3", *_MIXED), [range(5, 8)])
-    options: dict[str, Any] = {"enforce_eager": True, **({option: 2} if option else {})}
+    # Eager pipelines fail on vLLM's CPU build with its own Llama as well: what a stage receives is only made room for while it compiles.
+    options: dict[str, Any] = {"enforce_eager": option != "pipeline_parallel_size", **({option: 2} if option else {})}
     [served] = _serve([model], options, micro_tokenizer, tmp_path, multiprocess=True)
     _compare(model, served)

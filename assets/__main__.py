@@ -8,12 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from puzzle_dag.console import say
 from resources.workspace import project_root
-
-
-def _say(line: str = "") -> None:
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
 
 
 class _PlainLines(logging.Formatter):
@@ -43,16 +39,16 @@ def _refresh(args: argparse.Namespace) -> int:
     from resources.instance import open_instance
 
     def tell(outcome: Outcome) -> None:
-        _say(f"{outcome.state:>9}  {outcome.item}  {outcome.seconds:.1f} s  ({'; '.join(outcome.reasons)})")
+        say(f"{outcome.state:>9}  {outcome.item}  {outcome.seconds:.1f} s  ({'; '.join(outcome.reasons)})")
 
     anew = [item for option, assets in ANEW.items() for item in _anew(option, assets, getattr(args, option, None))]
     with open_instance(args.root) as instance:
         record = refresh(args.root, args.profile, instance, select=args.select, remake=args.remake, anew=anew, on_outcome=tell)
     for check in record.failed_checks:
-        _say(f"    check  {check} did not pass")
+        say(f"    check  {check} did not pass")
     failed, waits = record.of("failed"), record.of("waits")
     counts = f"{len(record.ran)} materialized, {len(record.of('fresh'))} fresh, {len(failed)} failed, {len(waits)} waiting"
-    _say(f"{counts}; {record.seconds:.1f} s")
+    say(f"{counts}; {record.seconds:.1f} s")
     return 0 if record.ok else 1
 
 
@@ -69,7 +65,7 @@ def _status(args: argparse.Namespace) -> int:
     from resources.instance import open_instance
 
     with open_instance(args.root) as instance:
-        _say("\n".join(describe_status(args.root, args.profile, instance)))
+        say("\n".join(describe_status(args.root, args.profile, instance)))
     return 0
 
 
@@ -84,7 +80,7 @@ def _sweep(args: argparse.Namespace) -> int:
     code = 0
     for sweep in sweeps:
         swept = write_sweep(args.root, sweep)
-        _say(f"sweep {sweep.name}: {len(swept.written)} scenarios written, {len(swept.unchanged)} as before, {len(swept.retired)} retired")
+        say(f"sweep {sweep.name}: {len(swept.written)} scenarios written, {len(swept.unchanged)} as before, {len(swept.retired)} retired")
     for profile in dict.fromkeys(sweep.profile for sweep in sweeps):
         code = max(code, _refresh(argparse.Namespace(root=args.root, profile=profile, select=[], remake=[])))
     return code
@@ -95,7 +91,7 @@ def _add_scenario(args: argparse.Namespace) -> int:
 
     scenario = add_scenario(args.root, args.profile, args.file)
     command = f"python -m assets refresh --profile {args.profile}"
-    _say(f"scenario {scenario.name} is in conf/scenarios and in profile {args.profile}; run `{command}`")
+    say(f"scenario {scenario.name} is in conf/scenarios and in profile {args.profile}; run `{command}`")
     return 0
 
 
@@ -104,14 +100,14 @@ def _remove_scenario(args: argparse.Namespace) -> int:
 
     moved = remove_scenario(args.root, args.profile, args.name)
     where = "; its file stays" if moved is None else f"; its file is now {moved.relative_to(args.root)}"
-    _say(f"scenario {args.name} is no more solved by profile {args.profile}{where}, and its results are kept")
+    say(f"scenario {args.name} is no more solved by profile {args.profile}{where}, and its results are kept")
     return 0
 
 
 def _demo(args: argparse.Namespace) -> int:
     from assets.demo import run_demo
 
-    return 0 if run_demo(args.root, args.profile, _say).ok else 1
+    return 0 if run_demo(args.root, args.profile, say).ok else 1
 
 
 def _ui(args: argparse.Namespace) -> int:
@@ -121,7 +117,7 @@ def _ui(args: argparse.Namespace) -> int:
     environment = {**os.environ, "DAGSTER_HOME": str(dagster_home(args.root)), "PYTHONPATH": str(args.root)}
     command = [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(args.port)]
     with serve_pages(args.root / "var") as address:
-        _say(f"HTML reports: {address}")
+        say(f"HTML reports: {address}")
         return subprocess.call(command, cwd=args.root, env=environment)
 
 

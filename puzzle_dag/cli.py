@@ -10,13 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from puzzle_dag.cli_children import add_commands
+from puzzle_dag.console import say
 from puzzle_dag.costs.commands import add_cost_commands
 from puzzle_dag.report.tables import format_bytes, format_seconds, text_table
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def _doctor(args: argparse.Namespace) -> int:
@@ -24,9 +20,9 @@ def _doctor(args: argparse.Namespace) -> int:
 
     findings = examine(args.root, quick=args.quick)
     if args.json:
-        _say(json.dumps([dataclasses.asdict(f) for f in findings], indent=1))
+        say(json.dumps([dataclasses.asdict(f) for f in findings], indent=1))
     else:
-        _say(text_table(("what", "state", "found", "what to do"), [(f.name, f.state, f.text, f.fix) for f in findings]))
+        say(text_table(("what", "state", "found", "what to do"), [(f.name, f.state, f.text, f.fix) for f in findings]))
     return int(any(f.state == "problem" for f in findings))
 
 
@@ -35,9 +31,9 @@ def _gc(args: argparse.Namespace) -> int:
 
     found = sweep(args.root / "var", unused_days=args.unused_days, dry=args.dry_run)
     for folder in found.removed:
-        _say(str(folder.relative_to(args.root)))
-    _say(f"{'would go' if args.dry_run else 'removed'}: {len(found.removed)} folders, {format_bytes(found.removed_bytes)}")
-    _say(f"kept: {found.num_kept} folders, {format_bytes(found.kept_bytes)}")
+        say(str(folder.relative_to(args.root)))
+    say(f"{'would go' if args.dry_run else 'removed'}: {len(found.removed)} folders, {format_bytes(found.removed_bytes)}")
+    say(f"kept: {found.num_kept} folders, {format_bytes(found.kept_bytes)}")
     return 0
 
 
@@ -54,11 +50,11 @@ def _estimate(args: argparse.Namespace) -> int:
     parent = Block(Attention("gqa", shape.num_key_value_heads), FFN("swiglu", shape.intermediate_size))
     table = estimate_table(shape, parent, target, *variant_union(resolve_spaces(profile, shape)))
     rows = [(r.batch, r.phase, r.place, r.variant, format_seconds(r.seconds), r.source) for r in table.rows]
-    _say(text_table(("batch", "phase", "place", "variant", "time a layer", "source"), rows))
-    _say(f"analytic: from published peaks of {table.rows[0].hardware}; nothing was measured")
+    say(text_table(("batch", "phase", "place", "variant", "time a layer", "source"), rows))
+    say(f"analytic: from published peaks of {table.rows[0].hardware}; nothing was measured")
     if args.out is not None:
         table.write(args.out)
-        _say(f"written: {args.out}")
+        say(f"written: {args.out}")
     return 0
 
 
@@ -75,17 +71,17 @@ def _solve(args: argparse.Namespace) -> int:
     )
     solutions = answer.get("solutions", [answer])
     if args.json:
-        _say(json.dumps(answer, indent=1))
+        say(json.dumps(answer, indent=1))
     elif "choices" not in solutions[0]:
-        _say(f"{answer['status']}: conflicting are {'; '.join(answer.get('conflicting', ()))}")
+        say(f"{answer['status']}: conflicting are {'; '.join(answer.get('conflicting', ()))}")
         for name, nearest in answer.get("nearest", {}).items():
-            _say(f"{name}: {nearest['value']:.6g} can be met together with {', '.join(nearest['while_met']) or 'nothing else'}")
+            say(f"{name}: {nearest['value']:.6g} can be met together with {', '.join(nearest['while_met']) or 'nothing else'}")
     else:
         for solution in solutions:
             numbers = {k: f"{solution[k]:.6g}" for k in ("objective", "bound", "gap", "seconds")}
             numbers |= {k: f"{v:.6g}" for k, v in solution["costs"].items()}
-            _say(f"{solution['status']}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
-            _say(text_table(("layer", "variant"), list(solution["choices"].items())))
+            say(f"{solution['status']}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
+            say(text_table(("layer", "variant"), list(solution["choices"].items())))
     return 0 if "choices" in solutions[0] else 1
 
 

@@ -2,21 +2,16 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from puzzle_dag.architecture import Architecture
+from puzzle_dag.console import say
 from puzzle_dag.report.tables import text_table
 
 _LAYERS = re.compile(r"([0-9]+)-([0-9]+)")
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def _layers(text: str) -> range:
@@ -63,18 +58,18 @@ def _propose(args: argparse.Namespace) -> int:
     architecture = architecture_of(model.config)
     runs = find_runs(architecture)
     if not runs:
-        _say("no two FFNs follow each other without attention between them: there is nothing to fuse")
+        say("no two FFNs follow each other without attention between them: there is nothing to fuse")
         return 1
     dependency = measure_dependency(model, rows, progress=ProgressLog("dependency"))
     for run in runs:
         layers = [layer for layer in run if architecture[layer].ffn.kind == "swiglu"]
         worst = largest_dependency(dependency, layers)
-        _say(f"layers {run.start}-{run.stop - 1}: largest dependency {worst:.3f} (measured, cosine distance)")
+        say(f"layers {run.start}-{run.stop - 1}: largest dependency {worst:.3f} (measured, cosine distance)")
         header = ("dropped FFN", *(f"in layer {j}" for j in layers[1:]))
-        _say(text_table(header, [(f"layer {i}", *(f"{dependency[i, j]:.3f}" if j > i else "" for j in layers[1:])) for i in layers[:-1]]))
+        say(text_table(header, [(f"layer {i}", *(f"{dependency[i, j]:.3f}" if j > i else "" for j in layers[1:])) for i in layers[:-1]]))
     proposed = propose_runs(architecture, dependency, args.max_dependency)
     options = " ".join(f"--layers {run.start}-{run.stop - 1}" for run in proposed)
-    _say(f"dependency at most {args.max_dependency:g}: {options or 'no run'}")
+    say(f"dependency at most {args.max_dependency:g}: {options or 'no run'}")
     return 0
 
 
@@ -103,12 +98,12 @@ def _fuse(args: argparse.Namespace) -> int:
     sequential, fused = fuse_checkpoint(args.child, args.layers, args.out)
     architecture = architecture_of(sequential.config)
     for layers in args.layers:
-        _say(_describe(architecture, layers))
-    _say(f"written: {args.out}")
+        say(_describe(architecture, layers))
+    say(f"written: {args.out}")
     if rows is not None:
         cost = measure_divergence(sequential, fused, rows, progress=ProgressLog("divergence"))
         kl = f"KL from the child as it was: {cost.kl.mean:.4g} ± {cost.kl.stderr:.2g} nats a token"
-        _say(f"{kl}, top-1 agreement {cost.top1_agreement.mean:.1%} (measured, {cost.num_tokens} tokens)")
+        say(f"{kl}, top-1 agreement {cost.top1_agreement.mean:.1%} (measured, {cost.num_tokens} tokens)")
     return 0
 
 
@@ -116,8 +111,8 @@ def _export(args: argparse.Namespace) -> int:
     from puzzle_dag.children.export import export_deci
 
     export_deci(args.child, args.out, as_ffn_mult=args.ffn_mult)
-    _say(f"written: {args.out}")
-    _say(f"serve it with: vllm serve {args.out}   (without this package installed: add --trust-remote-code)")
+    say(f"written: {args.out}")
+    say(f"serve it with: vllm serve {args.out}   (without this package installed: add --trust-remote-code)")
     return 0
 
 

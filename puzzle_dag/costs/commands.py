@@ -7,16 +7,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from puzzle_dag.console import say
 from puzzle_dag.report.tables import format_bytes, format_seconds, text_table
 
 if TYPE_CHECKING:
     from puzzle_dag.costs.table import CostTable
     from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
 
 
 def _read_shape(root: Path, profile_name: str) -> "tuple[Any, PuzzleDagConfig]":
@@ -49,10 +45,10 @@ def measure(args: argparse.Namespace) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     rows = [(r.batch, r.phase, r.place, r.variant, format_seconds(r.seconds)) for r in table.rows]
-    _say(text_table(("batch", "phase", "place", "variant", "time a layer"), rows))
+    say(text_table(("batch", "phase", "place", "variant", "time a layer"), rows))
     if args.out is not None:
         table.write(args.out)
-        _say(f"written: {args.out}; take it to another machine with `puzzle-dag costs import {args.out.name}`")
+        say(f"written: {args.out}; take it to another machine with `puzzle-dag costs import {args.out.name}`")
     return 0
 
 
@@ -100,15 +96,15 @@ def _import(args: argparse.Namespace) -> int:
     from puzzle_dag.store import ArtifactStore
 
     table = import_table(args.file, ArtifactStore(args.root / "var" / "store"))
-    _say(text_table(("what", "found"), list_facts(table)))
-    _say(f"imported; block_costs of targets like {table.target.name} use it where this machine can't measure them")
+    say(text_table(("what", "found"), list_facts(table)))
+    say(f"imported; block_costs of targets like {table.target.name} use it where this machine can't measure them")
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
     from puzzle_dag.costs.table import CostTable
 
-    _say(text_table(("what", "found"), list_facts(CostTable.read(args.file))))
+    say(text_table(("what", "found"), list_facts(CostTable.read(args.file))))
     return 0
 
 
@@ -129,14 +125,14 @@ def _precisions(args: argparse.Namespace) -> int:
     settings, hardware = list_precisions(EngineSettings(mode=args.mode)), detect_hardware()
     trials = try_precisions(config, settings, hardware=hardware, progress=ProgressLog("precisions"))
     if args.json:
-        _say(json.dumps([dataclasses.asdict(t) for t in trials], indent=1))
+        say(json.dumps([dataclasses.asdict(t) for t in trials], indent=1))
         return 0
     rows = [
         (name_precision(s), "yes" if t.works else "no", format_seconds(t.prefill_s) if t.prefill_s is not None else t.words)
         for s, t in zip(settings, trials, strict=True)
     ]
-    _say(f"{read_engine_version()} on {hardware.name}")
-    _say(text_table(("precision", "works", "time of a small prefill, or the engine's words"), rows))
+    say(f"{read_engine_version()} on {hardware.name}")
+    say(text_table(("precision", "works", "time of a small prefill, or the engine's words"), rows))
     return 0
 
 
@@ -144,7 +140,7 @@ def _quantize(args: argparse.Namespace) -> int:
     from puzzle_dag.engine.int8 import write_int8_checkpoint
 
     write_int8_checkpoint(args.checkpoint, args.out)
-    _say(f"written: {args.out}; serve it with `vllm serve {args.out}`")
+    say(f"written: {args.out}; serve it with `vllm serve {args.out}`")
     return 0
 
 

@@ -3,13 +3,14 @@
 import argparse
 import re
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from puzzle_dag.architecture import Architecture
 from puzzle_dag.console import say
 from puzzle_dag.report.tables import text_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LAYERS = re.compile(r"([0-9]+)-([0-9]+)")
 
@@ -35,8 +36,10 @@ def _distance(text: str) -> float:
     return value
 
 
-def _read_rows(args: argparse.Namespace) -> Tensor:
+def _read_rows(args: argparse.Namespace) -> "Tensor":
     """Return the first token rows of a text file, int64 [rows, row_length]."""
+    import torch
+
     from puzzle_dag.children.fuse import load_tokenizer
 
     ids = load_tokenizer(args.child)(args.text.read_text(encoding="utf-8"), add_special_tokens=False, verbose=False)["input_ids"]

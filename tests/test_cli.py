@@ -31,6 +31,15 @@ def root(tmp_path: Path, micro_parent_folder: Path) -> Path:
     return tmp_path
 
 
+def test_help_comes_without_the_heavy_libraries():
+    """Every command pays for what the command line imports; each imports what it computes with when it runs."""
+    command = [sys.executable, "-X", "importtime", "-m", "puzzle_dag.cli", "--help"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+    assert "usage: puzzle-dag" in ran.stdout and "puzzle_dag.costs.commands" in imported
+    assert not imported & {"torch", "transformers", "numpy", "pyarrow", "matplotlib", "vllm"}
+
+
 def states(findings: list[doctor.Finding]) -> dict[str, str]:
     return {f.name: f.state for f in findings}
 

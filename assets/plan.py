@@ -106,10 +106,11 @@ class Plan(Naming):
 def make_plan(root: Path, profile_name: str) -> "Plan | ForeignPlan":
     """Read a profile and its parent's config.json, or a foreign library's profile. Raises ConfigError, UnsupportedFamilyError."""
     from assets.foreign.plan import make_foreign_plan
-    from puzzle_dag.model.parent import read_parent_shape
 
     profile = read_any_profile(root / "conf", profile_name)
     if isinstance(profile, ForeignProfile):
         return make_foreign_plan(root, profile)
+    from puzzle_dag.model.parent import read_parent_shape  # with transformers, which a foreign library needs nothing of
+
     shape = read_parent_shape(profile.parent, root)
     return Plan(root, profile, shape, Partitions.of(profile.name, shape.num_hidden_layers))

@@ -5,7 +5,6 @@ import dagster as dg
 from assets.drawings import page_link
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
-from assets.reports import frontier_pictures, write_pages
 from assets.watches import watch_frontier
 from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
@@ -41,6 +40,7 @@ def _frontier_asset(plan: Plan) -> dg.AssetsDefinition:
     )
     def frontier(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         from assets.facts import read_chain, result_row
+        from assets.reports import frontier_pictures, write_pages
 
         time, scenarios = Stopwatch(), workspace.read_profile().scenarios
         rows = [result_row(plan, workspace, read_chain(workspace, name)) for name in scenarios]

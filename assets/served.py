@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from scipy.stats import t as student_t
-
 from puzzle_dag.config import Bound, Scenario, Target
 
 TOLERANCE = 0.05
@@ -61,6 +59,8 @@ def _half_width(models: list[Mapping[str, Any]]) -> float:
 
     Student's t, with Welch and Satterthwaite's degrees of freedom: three engines say little of their own spread.
     """
+    from scipy.stats import t as student_t
+
     parts = [m["engine_noise"] ** 2 / m["num_engines"] for m in models]
     if sum(parts) == 0:
         return 0.0

@@ -6,11 +6,12 @@ A *piece* is one variant's tensors, under the parent's tensor names relative to 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from puzzle_dag.store import Artifact, ArtifactStore
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Place = Literal["attention", "ffn"]
 Split = Literal["train", "score"]
@@ -46,7 +47,7 @@ class LayerPieces:
         """Say whether the variant is the parent's own, whose tensors come from the parent."""
         return piece_name(place, variant_name) in self.parents
 
-    def state(self, place: Place, variant_name: str) -> dict[str, Tensor]:
+    def state(self, place: Place, variant_name: str) -> "dict[str, Tensor]":
         """Return a variant's tensors by layer-relative name; empty for a no-op.
 
         Raises:
@@ -114,10 +115,10 @@ class ActivationCacheLike(Protocol):
         """Return the number of rows of a split."""
         ...
 
-    def tokens(self, split: Split) -> Tensor:
+    def tokens(self, split: Split) -> "Tensor":
         """Return the token ids, int64 [rows, row_length]."""
         ...
 
-    def hidden(self, split: Split, boundary: int, *, start: int = 0, stop: int | None = None) -> Tensor:
+    def hidden(self, split: Split, boundary: int, *, start: int = 0, stop: int | None = None) -> "Tensor":
         """Return rows `start` to `stop` (all) of the states that enter layer `boundary`, [rows, row_length, hidden]."""
         ...

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from puzzle_dag.architecture import LayerSpace
 from puzzle_dag.config import (
@@ -24,7 +24,9 @@ from puzzle_dag.config import (
     scenario_file,
 )
 from puzzle_dag.config.scenario import TIMED
-from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
+
+if TYPE_CHECKING:
+    from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SPARE_SHARE = 0.05
@@ -35,7 +37,7 @@ class DiskFullError(ValueError):
     """The disk has less room than a stage will write."""
 
 
-def activations_bytes(shape: PuzzleDagConfig, num_tokens: int, dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16") -> int:
+def activations_bytes(shape: "PuzzleDagConfig", num_tokens: int, dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16") -> int:
     """Return the size of the cached hidden states: (layers + 1) boundaries x tokens x hidden size, in `dtype`."""
     return int((shape.num_hidden_layers + 1) * num_tokens * shape.hidden_size * _BYTES[dtype])
 
@@ -56,7 +58,7 @@ def require_disk(folder: Path, num_bytes: int, what: str) -> None:
         )
 
 
-def resolve_spaces(profile: Profile, shape: PuzzleDagConfig) -> list[LayerSpace]:
+def resolve_spaces(profile: Profile, shape: "PuzzleDagConfig") -> list[LayerSpace]:
     """Return every layer's variants. Raises ConfigError for a variant that the parent doesn't allow."""
     return [
         resolve_space(
@@ -70,7 +72,7 @@ def resolve_spaces(profile: Profile, shape: PuzzleDagConfig) -> list[LayerSpace]
     ]
 
 
-def check_lengths(profile: Profile, targets: Mapping[str, Target], shape: PuzzleDagConfig) -> None:
+def check_lengths(profile: Profile, targets: Mapping[str, Target], shape: "PuzzleDagConfig") -> None:
     """Check that rows and requests fit the parent's context and the budgets a row. Raises ConfigError."""
     longest = shape.max_position_embeddings
     if profile.tokens.row_length > longest:
@@ -145,7 +147,7 @@ def check_structure(scenario: Scenario, spaces: Sequence[LayerSpace], *, file: P
             raise _wrong(scenario, file, f"{place}.min_different_layers", f"is {least}; the parent has {num_layers} layers")
 
 
-def check_profile(conf: Path, profile: Profile, shape: PuzzleDagConfig) -> None:
+def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> None:
     """Check a profile with all the files that it names, against its parent's shape.
 
     Args:

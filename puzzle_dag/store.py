@@ -2,7 +2,8 @@
 
 An artifact is a folder `<root>/<kind>/<key[:2]>/<key>/` that is complete when it exists: it is written under a
 temporary name, synced and renamed, so a crash leaves nothing half done. `manifest.json` inside holds the digest
-of the content, the inputs that the key was made from, and free metadata.
+of the content, the inputs that the key was made from, and free metadata. Every command and every code location
+imports this module, so torch is imported by what touches tensors.
 """
 
 import hashlib
@@ -14,11 +15,10 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _KIND = re.compile(r"[a-z][a-z0-9_]*")
 _TENSORS = "tensors.safetensors"
@@ -36,8 +36,10 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+def digest_tensors(tensors: "Mapping[str, Tensor]") -> str:
     """Return the hex SHA-256 of named tensors: names, dtypes, shapes and bytes, in sorted order."""
+    import torch
+
     state = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
@@ -61,8 +63,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
-def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+def write_tensor_file(path: Path, tensors: "Mapping[str, Tensor]", metadata: dict[str, str]) -> None:
     """Write a safetensors file as `write_atomically` writes any other; its folder is made where it is missing."""
+    from safetensors.torch import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -84,8 +88,10 @@ class Artifact:
     digest: str
     metadata: dict[str, Any]
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> "dict[str, Tensor]":
         """Read the artifact's tensors."""
+        from safetensors.torch import load_file
+
         tensors: dict[str, Tensor] = load_file(self.folder / _TENSORS)
         return tensors
 
@@ -138,9 +144,10 @@ class ArtifactStore:
         return Artifact(folder, manifest["digest"], manifest["metadata"])
 
     def write_tensors(
-        self, kind: str, key: str, tensors: Mapping[str, Tensor], *, inputs: Any, metadata: Mapping[str, Any] | None = None
+        self, kind: str, key: str, tensors: "Mapping[str, Tensor]", *, inputs: Any, metadata: Mapping[str, Any] | None = None
     ) -> Artifact:
         """Make an artifact of named tensors; its digest is that of their content."""
+        from safetensors.torch import save_file
 
         def fill(folder: Path) -> str:
             save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / _TENSORS)

@@ -1,6 +1,8 @@
 """The asset graph: as drawn in the design, with everything that an asset must say of itself, and no edge too wide to be checked."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import dagster as dg
@@ -142,6 +144,15 @@ def test_imports_flow_one_way() -> None:
         assert not re.search(r"^\s*(import|from) assets\b", file.read_text(), re.MULTILINE), file
     for file in [*(CHECKOUT / "assets").glob("*.py"), *(CHECKOUT / "resources").glob("*.py")]:
         assert "from __future__ import annotations" not in file.read_text(), f"{file}: it breaks Dagster's context annotations"
+
+
+def test_definitions_come_without_the_heavy_libraries() -> None:
+    """Each code location and most commands pay for what they import; asset bodies import what they compute with."""
+    command = [sys.executable, "-X", "importtime", "-c", "import assets.definitions"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CHECKOUT)
+    imported = {line.rpartition("|")[2].strip() for line in ran.stderr.splitlines()}
+    assert "assets.results" in imported
+    assert not imported & {"torch", "transformers", "matplotlib", "scipy.stats", "vllm", "lm_eval"}
 
 
 def test_a_location_is_named_by_its_profile(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:

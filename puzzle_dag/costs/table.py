@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 from puzzle_dag.architecture import Architecture
 from puzzle_dag.config import Target
 from puzzle_dag.costs.provenance import Provenance
-from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.piece_costs import CostSource, Phase, PieceCost, PieceCosts
 from puzzle_dag.pieces import Place
 from puzzle_dag.store import fingerprint, write_atomically
+
+if TYPE_CHECKING:
+    from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 CONSTANT = "engine"
@@ -143,7 +145,7 @@ class CostTable:
         others = (self.piece_seconds("ffn", b.ffn.name, batch, phase) for b in architecture)
         return self.constant_seconds(batch, phase) + sum(pieces) + sum(others)
 
-    def to_piece_costs(self, shape: PuzzleDagConfig) -> PieceCosts:
+    def to_piece_costs(self, shape: "PuzzleDagConfig") -> PieceCosts:
         """Return the table as the search sees it, for a parent of this shape (every layer alike)."""
         names = sorted({(r.place, r.variant) for r in self.rows})
         costs = {name: self._piece_cost(*name) for name in names}

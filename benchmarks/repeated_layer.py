@@ -13,9 +13,9 @@ from typing import Any
 from puzzle_dag.architecture import FFN, Architecture, Attention, Block
 from puzzle_dag.config import Target
 from puzzle_dag.costs.comparison import group_engines
-from puzzle_dag.costs.memory import NumberTypes, count_kv_bytes_per_token, count_weight_bytes, size_variant
 from puzzle_dag.costs.probes import Variant
-from puzzle_dag.costs.table import CONSTANT, PHASES, CostRow, CostTable, sort_rows
+from puzzle_dag.costs.rows import RowTemplate
+from puzzle_dag.costs.table import CONSTANT, PHASES, CostTable, sort_rows
 from puzzle_dag.costs.tabulate import Measurement
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
@@ -66,9 +66,8 @@ class RepeatedLayers:
 
     def tabulate(self, shape: PuzzleDagConfig, target: Target, parent: Block, measured: Sequence[Measurement]) -> CostTable:
         """Return the method's cost table: medians over the engines, differences over ten; a negative difference counts 0."""
-        types, rows, engines = NumberTypes.of(target), [], group_engines(measured)
-        first = measured[0].result
-        places: list[Variant] = [("attention", "noop"), ("ffn", "noop"), *self.repeats]
+        template, rows, engines = RowTemplate.measured(shape, target, measured[0].result), [], group_engines(measured)
+        pieces: list[Variant] = [("attention", "noop"), ("ffn", "noop"), *self.repeats, ("constant", CONSTANT)]
         for batch in target.batch_sizes:
             for phase in PHASES:
 
@@ -79,30 +78,5 @@ class RepeatedLayers:
                 costs = {v: max(0.0, (seconds(model) - base_s) / NUM_REPEATS) for v, model in self.repeats.items()}
                 own = costs["attention", parent.attention.name] + costs["ffn", parent.ffn.name]
                 costs |= {("attention", "noop"): 0.0, ("ffn", "noop"): 0.0, ("constant", CONSTANT): max(0.0, base_s - own)}
-                for place, name in [*places, ("constant", CONSTANT)]:
-                    size = size_variant(shape, place, name)
-                    rows.append(
-                        CostRow(
-                            target=target.name,
-                            hardware=first.hardware,
-                            num_threads=first.num_threads,
-                            engine_version=first.engine_version,
-                            mode=target.mode,
-                            dtype=target.dtype,
-                            quantization=target.quantization or "none",
-                            input_length=target.input_length,
-                            output_length=target.output_length,
-                            batch=batch,
-                            phase=phase,
-                            place=place,
-                            variant=name,
-                            seconds=costs[place, name],
-                            seconds_error=0.0,
-                            repeat_noise=0.0,
-                            parameters=size.parameters,
-                            weight_bytes=count_weight_bytes(size, types),
-                            kv_bytes_per_token=count_kv_bytes_per_token(size, types),
-                            source="by construction" if name == "noop" else "measured",
-                        )
-                    )
+                rows += [template.fill(*piece, batch, phase, seconds=costs[piece]) for piece in pieces]
         return CostTable(sort_rows(rows), target, len(measured), {})

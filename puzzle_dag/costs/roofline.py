@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from puzzle_dag.architecture import FFN, Attention, Block
 from puzzle_dag.config import Target
 from puzzle_dag.costs.accelerators import ACCELERATORS, Accelerator
-from puzzle_dag.costs.memory import NumberTypes, count_kv_bytes_per_token, count_weight_bytes, size_variant
+from puzzle_dag.costs.memory import NumberTypes
 from puzzle_dag.costs.probes import Variant
-from puzzle_dag.costs.table import CONSTANT, PHASES, CostRow, CostTable, sort_rows
+from puzzle_dag.costs.rows import RowTemplate
+from puzzle_dag.costs.table import CONSTANT, PHASES, CostTable, sort_rows
 from puzzle_dag.engine.jobs import Workload
 from puzzle_dag.engine.worker import count_prefill_tokens
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
@@ -207,36 +208,17 @@ def estimate_table(
     pieces: list[Variant] = [("attention", a.name) for a in sorted({parent_block.attention, *attentions})]
     pieces += [("ffn", f.name) for f in sorted({parent_block.ffn, *ffns})]
     pieces.append(("constant", CONSTANT))
-    sizes = {piece: (size_variant(shape, *piece), size_variant(shape, *piece, target.tensor_parallel_size)) for piece in pieces}
+    template = RowTemplate(
+        shape=shape,
+        target=target,
+        hardware=roofline.accelerator.name,
+        num_threads=0,
+        engine_version=ENGINE_VERSION,
+        source="analytic",
+    )
     rows = []
     for batch in target.batch_sizes:
         for phase in PHASES:
             steps = _list_steps(target, batch, phase, _window(shape))
-            for (place, name), (whole, share) in sizes.items():
-                rows.append(
-                    CostRow(
-                        target=target.name,
-                        hardware=roofline.accelerator.name,
-                        num_threads=0,
-                        engine_version=ENGINE_VERSION,
-                        mode=target.mode,
-                        dtype=target.dtype,
-                        quantization=target.quantization or "none",
-                        kv_cache_dtype=target.kv_cache_dtype,
-                        tensor_parallel_size=target.tensor_parallel_size,
-                        input_length=target.input_length,
-                        output_length=target.output_length,
-                        batch=batch,
-                        phase=phase,
-                        place=place,
-                        variant=name,
-                        seconds=roofline.variant_s(place, name, steps),
-                        seconds_error=0.0,
-                        repeat_noise=0.0,
-                        parameters=whole.parameters,
-                        weight_bytes=count_weight_bytes(share, roofline.types),
-                        kv_bytes_per_token=count_kv_bytes_per_token(share, roofline.types),
-                        source="by construction" if name == "noop" else "analytic",
-                    )
-                )
+            rows += [template.fill(*piece, batch, phase, seconds=roofline.variant_s(*piece, steps)) for piece in pieces]
     return CostTable(sort_rows(rows), target, num_engines=0, residuals={})

@@ -8,8 +8,8 @@ import numpy as np
 from puzzle_dag.architecture import FFN, Architecture, Attention
 from puzzle_dag.config import Target
 from puzzle_dag.costs.fit import Vector, fit_costs
-from puzzle_dag.costs.memory import NumberTypes, count_kv_bytes_per_token, count_weight_bytes, size_variant
 from puzzle_dag.costs.probes import Variant, count_variants, list_unknowns
+from puzzle_dag.costs.rows import RowTemplate
 from puzzle_dag.costs.table import CONSTANT, PHASES, CostRow, CostTable, sort_rows
 from puzzle_dag.engine.jobs import EngineResult
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
@@ -46,38 +46,12 @@ def _pool_noise(measurements: list[Measurement], batch: int, phase: Phase) -> fl
 def _build_rows(
     shape: PuzzleDagConfig, target: Target, pieces: list[Variant], fits: dict[tuple[int, Phase], Fitted], measured: list[Measurement]
 ) -> list[CostRow]:
-    types, first, rows = NumberTypes.of(target), measured[0].result, []
+    template, rows = RowTemplate.measured(shape, target, measured[0].result), []
     for (batch, phase), fitted in fits.items():
         noise = _pool_noise(measured, batch, phase)
         for place, name in [*pieces, _CONSTANT]:
-            whole, size = size_variant(shape, place, name), size_variant(shape, place, name, target.tensor_parallel_size)
             seconds, error = (0.0, 0.0) if name == "noop" else fitted[place, name]
-            rows.append(
-                CostRow(
-                    target=target.name,
-                    hardware=first.hardware,
-                    num_threads=first.num_threads,
-                    engine_version=first.engine_version,
-                    mode=target.mode,
-                    dtype=target.dtype,
-                    quantization=target.quantization or "none",
-                    kv_cache_dtype=target.kv_cache_dtype,
-                    tensor_parallel_size=target.tensor_parallel_size,
-                    input_length=target.input_length,
-                    output_length=target.output_length,
-                    batch=batch,
-                    phase=phase,
-                    place=place,
-                    variant=name,
-                    seconds=seconds,
-                    seconds_error=error,
-                    repeat_noise=noise,
-                    parameters=whole.parameters,
-                    weight_bytes=count_weight_bytes(size, types),
-                    kv_bytes_per_token=count_kv_bytes_per_token(size, types),
-                    source="by construction" if name == "noop" else "measured",
-                )
-            )
+            rows.append(template.fill(place, name, batch, phase, seconds=seconds, error=error, noise=noise))
     return rows
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import dagster as dg
 
-from assets.plan import Plan
+from assets.plan import Plan, dagster_name
 
 
 class NextToRun(dg.AutomationCondition):  # type: ignore[type-arg]
@@ -60,12 +60,11 @@ def automation_condition(root: Path, profile: str) -> dg.AutomationCondition:  #
 
 def auto_sensor(plan: Plan) -> dg.AutomationConditionSensorDefinition:
     """Return the sensor of the profile's auto mode, off until it is switched on."""
-    name = plan.profile.name.replace("-", "_").replace(".", "_")
     with warnings.catch_warnings():
         # Evaluating our own condition in the code location is in beta; the pinned Dagster has it.
         warnings.simplefilter("ignore", dg.BetaWarning)
         return dg.AutomationConditionSensorDefinition(
-            name=f"auto_{name}_sensor",
+            name=dagster_name("auto", plan.profile.name, "sensor"),
             target=dg.AssetSelection.key_prefixes(plan.profile.name),
             minimum_interval_seconds=30,
             # The condition is our own code, and reads our files.

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import dagster as dg
 
-from assets.plan import Plan
+from assets.plan import Plan, dagster_name
 from assets.scenarios import adopt_scenarios
 from puzzle_dag.config import ConfigError
 from puzzle_dag.store import digest_file, fingerprint
@@ -23,7 +23,7 @@ def conf_sensor(plan: Plan, refresh_job: dg.JobDefinition) -> dg.SensorDefinitio
     name = plan.profile.name
 
     @dg.sensor(
-        name="conf_" + refresh_job.name.removeprefix("refresh_").removesuffix("_job") + "_sensor",
+        name=dagster_name("conf", name, "sensor"),
         job=refresh_job,
         minimum_interval_seconds=15,
         description="When a file in conf/ changes: takes new scenarios in and deleted ones out, then refreshes.",

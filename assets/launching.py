@@ -8,7 +8,7 @@ import yaml
 from pydantic import Field
 
 from assets.form import form_fields
-from assets.plan import DEVICE_POOL, Plan, make_plan
+from assets.plan import DEVICE_POOL, Plan, dagster_name, make_plan
 from assets.scenarios import write_scenario
 from puzzle_dag.config import ForeignProfile, ForeignScenario, Scenario
 
@@ -23,11 +23,6 @@ class RefreshConfig(dg.Config):
     anew: list[str] = Field(
         default_factory=list, description="Assets that run and replace what the store has of them: train or measure anew."
     )
-
-
-def job_name(verb: str, name: str) -> str:
-    """Return a job's name, such as "refresh_tiny_job"; Dagster takes letters, digits and "_" only."""
-    return f"{verb}_{name.replace('-', '_').replace('.', '_')}_job"
 
 
 def refresh_and_tell(context: dg.OpExecutionContext, plan: Plan, *, only: str | None = None, **options: Collection[str]) -> None:
@@ -57,13 +52,17 @@ def refresh_and_tell(context: dg.OpExecutionContext, plan: Plan, *, only: str | 
 
 def refresh_job(plan: Plan) -> dg.JobDefinition:
     """Return the job that brings the profile up to date."""
-    name = job_name("refresh", plan.profile.name)
+    profile = plan.profile.name
 
-    @dg.op(name=name.removesuffix("_job"), pool=DEVICE_POOL, description="Bring everything that is stale up to date, and nothing else.")
+    @dg.op(
+        name=dagster_name("refresh", profile), pool=DEVICE_POOL, description="Bring everything that is stale up to date, and nothing else."
+    )
     def refresh_op(context: dg.OpExecutionContext, config: RefreshConfig) -> None:
         refresh_and_tell(context, plan, select=config.select, remake=config.remake, anew=config.anew)
 
-    @dg.job(name=name, description=f"Refresh the profile {plan.profile.name}.", executor_def=dg.in_process_executor)
+    @dg.job(
+        name=dagster_name("refresh", profile, "job"), description=f"Refresh the profile {profile}.", executor_def=dg.in_process_executor
+    )
     def job() -> None:
         refresh_op()
 
@@ -72,7 +71,7 @@ def refresh_job(plan: Plan) -> dg.JobDefinition:
 
 def add_scenario_job(plan: Plan) -> dg.JobDefinition:
     """Return the job whose Launchpad is the form of a scenario's file."""
-    name = job_name("add_scenario", plan.profile.name)
+    profile = plan.profile.name
     own = {
         "overwrite": dg.Field(bool, default_value=False, description="Replace a scenario of the same name."),
         "refresh": dg.Field(bool, default_value=True, description="Find and train its child at once; nothing else runs."),
@@ -81,7 +80,12 @@ def add_scenario_job(plan: Plan) -> dg.JobDefinition:
     choices = {"library": (plan.profile.name,)} if is_foreign else {"target": plan.profile.targets}
     form = form_fields(ForeignScenario if is_foreign else Scenario, without=("version",), choices=choices)
 
-    @dg.op(name=name.removesuffix("_job"), pool=DEVICE_POOL, config_schema={**form, **own}, description="Add a scenario, then solve it.")
+    @dg.op(
+        name=dagster_name("add_scenario", profile),
+        pool=DEVICE_POOL,
+        config_schema={**form, **own},
+        description="Add a scenario, then solve it.",
+    )
     def add_op(context: dg.OpExecutionContext) -> None:
         from assets.refresh import sync_partitions
 
@@ -94,7 +98,7 @@ def add_scenario_job(plan: Plan) -> dg.JobDefinition:
             refresh_and_tell(context, plan, only=scenario.name, select=[f"*[{scenario.name}]", "frontier", "tables"])
 
     @dg.job(
-        name=name,
+        name=dagster_name("add_scenario", profile, "job"),
         description="Add a scenario: fill in the form in the Launchpad (Scaffold missing config), then launch.",
         executor_def=dg.in_process_executor,
     )

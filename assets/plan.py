@@ -34,6 +34,11 @@ OPT_IN = ("load_curve", "speculation")
 """Assets that exist only where the profile has settings under their name; each takes minutes a scenario."""
 
 
+def dagster_name(verb: str, name: str, kind: str = "") -> str:
+    """Return the name of a job, an op, a sensor or a schedule ("refresh_tiny_job"); Dagster takes letters, digits and "_" only."""
+    return "_".join(part.replace("-", "_").replace(".", "_") for part in (verb, name, kind) if part)
+
+
 class Naming:
     """How the assets of one profile are named, grouped and told of; what is planned says the profile and the groups."""
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import dagster as dg
 import yaml
 
-from assets.launching import job_name, refresh_and_tell
-from assets.plan import DEVICE_POOL, Plan
+from assets.launching import refresh_and_tell
+from assets.plan import DEVICE_POOL, Plan, dagster_name
 from assets.scenarios import remove_scenario, validate_scenario, write_scenario
 from puzzle_dag.config import ConfigError, read_profile
 from puzzle_dag.config.sweep import Sweep, read_sweep, read_sweeps
@@ -66,21 +66,25 @@ def sweep_schedules(plan: Plan) -> list[dg.ScheduleDefinition]:
 
 
 def _schedule(plan: Plan, sweep: Sweep) -> dg.ScheduleDefinition:
-    name = job_name("sweep", sweep.name)
-
-    @dg.op(name=name.removesuffix("_job"), pool=DEVICE_POOL, description=f"Write the scenarios of sweep {sweep.name}, then refresh.")
+    @dg.op(
+        name=dagster_name("sweep", sweep.name), pool=DEVICE_POOL, description=f"Write the scenarios of sweep {sweep.name}, then refresh."
+    )
     def sweep_op(context: dg.OpExecutionContext) -> None:
         # Read again: the range may have changed since this code location was loaded.
         swept = write_sweep(plan.root, read_sweep(plan.root / "conf", sweep.name))
         context.log.info(f"{len(swept.written)} scenarios written, {len(swept.unchanged)} as before, {len(swept.retired)} retired")
         refresh_and_tell(context, plan)
 
-    @dg.job(name=name, description=sweep.description or f"Sweep {sweep.sets}.", executor_def=dg.in_process_executor)
+    @dg.job(
+        name=dagster_name("sweep", sweep.name, "job"),
+        description=sweep.description or f"Sweep {sweep.sets}.",
+        executor_def=dg.in_process_executor,
+    )
     def sweep_job() -> None:
         sweep_op()
 
     return dg.ScheduleDefinition(
-        name=name.removesuffix("_job") + "_schedule",
+        name=dagster_name("sweep", sweep.name, "schedule"),
         job=sweep_job,
         cron_schedule=sweep.cron,
         execution_timezone=sweep.timezone,

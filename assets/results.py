@@ -1,16 +1,21 @@
 """The results: the frontier, and one DuckDB file over all tables."""
 
+from pathlib import Path
+
 import dagster as dg
 
 from assets.drawings import page_link
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
+from assets.tables import tables_asset
 from assets.watches import watch_frontier
 from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
 from resources.workspace import Workspace
 
 _TABLES = ("library", "scores", "costs", "predictions", "solutions", "solution_pools", "accuracy", "serving", "parent_serving")
+"""Tables of one file a partition."""
+_SINGLE_TABLES = ("score_table", "frontier", "parent_accuracy")
 _SHOWN = (
     "scenario",
     "batch",
@@ -66,39 +71,14 @@ def _frontier_asset(plan: Plan) -> dg.AssetsDefinition:
 
 
 def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
-    @dg.asset(
-        **plan.options(
-            "tables",
-            deps=["score_table", "cost_table", "frontier", *plan.opted_in],
-            stages=[],
-            kinds=("duckdb",),
-            description="All rows in one DuckDB file, built under another name and renamed; the Parquet files are the truth.",
-        )
-    )
-    def tables(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        from puzzle_dag.tables import build_tables
+    def sources(workspace: Workspace) -> dict[str, list[Path]]:
+        wanted, singles = _partition_names(plan), [workspace.tables / f"{name}.parquet" for name in _SINGLE_TABLES]
+        folders = [workspace.tables / name for name in (*_TABLES, *plan.opted_in)]
+        found = {folder.name: [p for p in sorted(folder.glob("*.parquet")) if p.stem in wanted] for folder in folders}
+        return found | {path.stem: [path] for path in singles if path.exists()}
 
-        time, wanted = Stopwatch(), _partition_names(plan)
-        partitioned = (*_TABLES, *plan.opted_in)
-        sources = {name: [p for p in sorted((workspace.tables / name).glob("*.parquet")) if p.stem in wanted] for name in partitioned}
-        singles = ("score_table", "frontier", "parent_accuracy")
-        sources |= {name: [workspace.tables / f"{name}.parquet"] for name in singles if (workspace.tables / f"{name}.parquet").exists()}
-        num_rows = build_tables(sources, workspace.database)
-        return materialised(
-            context,
-            plan,
-            workspace,
-            {"file": workspace.database.name, "num_rows": num_rows},
-            data_version=fingerprint({n: [f.name for f in files] for n, files in sources.items()} | {"num_rows": num_rows}),
-            files=[workspace.database],
-            metadata={
-                "tables": table([{"table": n, "num_rows": r} for n, r in num_rows.items()]),
-                "file": dg.MetadataValue.path(str(workspace.database)),
-            },
-            time=time,
-        )
-
-    return tables
+    description = "All rows in one DuckDB file, built under another name and renamed; the Parquet files are the truth."
+    return tables_asset(plan, sources, deps=["score_table", "cost_table", "frontier", *plan.opted_in], description=description)
 
 
 def result_assets(plan: Plan) -> list[dg.AssetsDefinition]:

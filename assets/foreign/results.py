@@ -11,6 +11,7 @@ from assets.foreign.plan import ForeignPlan
 from assets.foreign.search import chosen_rows, solution_rows
 from assets.foreign.watches import watch_foreign_frontier
 from assets.materialise import Stopwatch, materialised, picture, table
+from assets.tables import tables_asset
 from puzzle_dag.config import ForeignScenario
 from puzzle_dag.report.html import Picture, Table
 from puzzle_dag.search.foreign import ForeignLibrary
@@ -22,6 +23,8 @@ from resources.workspace import Workspace
 
 Solved = dict[str, tuple[ForeignScenario, list[dict[str, Any]]]]
 """Scenario -> its file as solved, and its answers."""
+SolutionRows = dict[str, list[dict[str, Any]]]
+"""Scenario -> a row for each of its answers."""
 
 
 def read_solved(workspace: Workspace) -> Solved:
@@ -36,16 +39,15 @@ def read_solved(workspace: Workspace) -> Solved:
     return solved
 
 
-def _draw_trade_offs(library: ForeignLibrary, solved: Solved) -> dict[str, bytes]:
+def _draw_trade_offs(library: ForeignLibrary, solved: Solved, rows: SolutionRows) -> dict[str, bytes]:
     """Return a picture for each pair of what is minimised and what is bounded by any scenario."""
     from puzzle_dag.report.foreign import trade_off
 
     pairs = dict.fromkeys((s.minimize, bounded) for s, _ in solved.values() for bounded in s.constraints)
     drawn = {}
     for minimize, bounded in pairs:
-        same = [(s, answers) for s, answers in solved.values() if s.minimize == minimize]
-        rows = [r for s, answers in same for r in solution_rows(library, s, answers)[:1]]
-        points = {r["scenario"]: (r[bounded], r[minimize]) for r in rows}
+        best = [rows[name][0] for name, (scenario, _) in solved.items() if scenario.minimize == minimize]
+        points = {r["scenario"]: (r[bounded], r[minimize]) for r in best}
         sweep = sweep_foreign_library(library, minimize, bounded)
         drawn[f"{minimize} against {bounded}"] = trade_off(sweep, points, x=bounded, y=minimize)
     return drawn
@@ -57,7 +59,9 @@ def _to_table(rows: list[dict[str, Any]], caption: str = "") -> Table:
     return Table(header, cells, caption=caption)
 
 
-def write_pages(plan: ForeignPlan, workspace: Workspace, library: ForeignLibrary, solved: Solved, drawn: Mapping[str, bytes]) -> list[Path]:
+def write_pages(
+    plan: ForeignPlan, workspace: Workspace, library: ForeignLibrary, solved: Solved, rows: SolutionRows, drawn: Mapping[str, bytes]
+) -> list[Path]:
     """Write a page a scenario and one for all; return their paths, the latter's first."""
     from puzzle_dag.report.foreign import render_foreign_page, variant_map
 
@@ -71,7 +75,7 @@ def write_pages(plan: ForeignPlan, workspace: Workspace, library: ForeignLibrary
             subtitle=" · ".join(p for p in (scenario.description, f"profile {plan.profile.name}", f"least {scenario.minimize}") if p),
             tables=[
                 *([_to_table(constraint_table(scenario), "what was asked for")] if scenario.constraints else []),
-                _to_table(solution_rows(library, scenario, answers), "the solutions: proof, and the sum of every number"),
+                _to_table(rows[name], "the solutions: proof, and the sum of every number"),
                 _to_table(chosen_rows(library, answers), "the chosen variants"),
             ],
             pictures=[Picture(png, f"{scenario.minimize} of every variant; the chosen ones are framed")],
@@ -79,12 +83,11 @@ def write_pages(plan: ForeignPlan, workspace: Workspace, library: ForeignLibrary
         )
         paths.append(folder / f"{name}.html")
         write_atomically(paths[-1], page)
-    rows = [r for scenario, answers in solved.values() for r in solution_rows(library, scenario, answers)]
     index = render_foreign_page(
         f"puzzle_dag: {plan.profile.name}",
         subtitle=plan.profile.description,
         tables=[
-            _to_table(rows, "all solutions"),
+            _to_table([row for several in rows.values() for row in several], "all solutions"),
             _to_table(metric_rows(library), "the library's numbers, over all variants of all layers"),
         ],
         pictures=[Picture(png, caption) for caption, png in drawn.items()],
@@ -106,9 +109,10 @@ def _frontier_asset(plan: ForeignPlan) -> dg.AssetsDefinition:
     )
     def frontier(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         time, library, solved = Stopwatch(), read_library(workspace), read_solved(workspace)
-        rows = [row for scenario, answers in solved.values() for row in solution_rows(library, scenario, answers)]
-        drawn = _draw_trade_offs(library, solved)
-        files = write_pages(plan, workspace, library, solved, drawn)
+        by_scenario = {name: solution_rows(library, scenario, answers) for name, (scenario, answers) in solved.items()}
+        rows = [row for several in by_scenario.values() for row in several]
+        drawn = _draw_trade_offs(library, solved, by_scenario)
+        files = write_pages(plan, workspace, library, solved, by_scenario, drawn)
         if rows:
             files.append(write_rows(workspace.tables / "frontier.parquet", rows))
         links = {f"page_{name}": dg.MetadataValue.url(page_url(plan.profile.name, name)) for name in solved}
@@ -132,42 +136,19 @@ def _frontier_asset(plan: ForeignPlan) -> dg.AssetsDefinition:
 
 
 def _tables_asset(plan: ForeignPlan) -> dg.AssetsDefinition:
-    @dg.asset(
-        **plan.options(
-            "tables",
-            deps=["library_file", "frontier"],
-            kinds=("duckdb",),
-            description="The library's numbers, the solutions and their choices in one DuckDB file; the Parquet files are the truth.",
-        )
-    )
-    def tables(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        from puzzle_dag.tables import build_tables
-
-        time, library, solved = Stopwatch(), read_library(workspace), read_solved(workspace)
-        numbers = workspace.shelf.value("library_file")["numbers"]
+    def sources(workspace: Workspace) -> dict[str, list[Path]]:
+        library, solved = read_library(workspace), read_solved(workspace)
         rows = [
             {"layer": layer, "variant": variant, "metric": name, "value": value}
-            for name in numbers
+            for name in workspace.shelf.value("library_file")["numbers"]
             for layer, variants in grid_of(library, name).items()
             for variant, value in variants.items()
         ]
-        sources = {"library": [write_rows(workspace.tables / "library.parquet", rows)]}
-        sources |= {name: [workspace.tables / name / f"{s}.parquet" for s in solved] for name in ("solutions", "choices")}
-        num_rows = build_tables(sources, workspace.database)
-        return materialised(
-            context,
-            plan,
-            workspace,
-            {"file": workspace.database.name, "num_rows": num_rows},
-            files=[workspace.database],
-            metadata={
-                "tables": table([{"table": n, "num_rows": r} for n, r in num_rows.items()]),
-                "file": dg.MetadataValue.path(str(workspace.database)),
-            },
-            time=time,
-        )
+        found = {name: [workspace.tables / name / f"{s}.parquet" for s in solved] for name in ("solutions", "choices")}
+        return {"library": [write_rows(workspace.tables / "library.parquet", rows)], **found}
 
-    return tables
+    description = "The library's numbers, the solutions and their choices in one DuckDB file; the Parquet files are the truth."
+    return tables_asset(plan, sources, deps=["library_file", "frontier"], description=description)
 
 
 def foreign_result_assets(plan: ForeignPlan) -> list[dg.AssetsDefinition]:

@@ -10,8 +10,8 @@ import dagster as dg
 from assets.checking import Body
 from assets.checking import check_of as _check
 from assets.checking import check_result as _result
-from assets.children import CHECKPOINT, chosen_pieces
-from assets.costs import parent_block
+from assets.children import checkpoint_folder, chosen_architecture, chosen_pieces
+from assets.costs import parent_architecture, parent_block
 from assets.facts import constraints_met, read_chain
 from assets.heldout import heldout_is_predicted
 from assets.library import space_from_json
@@ -20,7 +20,6 @@ from assets.plan import Plan
 from assets.search import read_costs, read_scores
 from assets.served import Verdict, overall_verdict
 from assets.speed_checks import costs_are_monotone, serves_as_predicted
-from puzzle_dag.architecture import Block
 from resources.workspace import Workspace
 
 _VERDICTS: dict[Verdict, str] = {
@@ -74,7 +73,7 @@ def _solution_is_feasible(plan: Plan) -> Body:
 
         scenario = workspace.scenario_of(workspace.shelf.value("scenario_spec", context.partition_key))
         solution = Solution.from_json(workspace.shelf.value("solution", context.partition_key)["solution"])
-        costs, parent = read_costs(plan, workspace, *scenario.targets), (parent_block(plan),) * plan.shape.num_hidden_layers
+        costs, parent = read_costs(plan, workspace, *scenario.targets), parent_architecture(plan)
         broken, rows = [], []
         for limit in scenario_limits(scenario, costs, solution.batch_sizes, parent):
             value = limit.measure.of(solution.architecture)
@@ -111,13 +110,11 @@ def _child_is_as_assembled(plan: Plan) -> Body:
         from puzzle_dag.model.checkpoint import load_checkpoint
 
         solution = workspace.shelf.value("solution", context.partition_key)["solution"]
-        folder = workspace.store.folder("child", workspace.shelf.value("child", context.partition_key)["key"]) / CHECKPOINT
+        folder = checkpoint_folder(workspace, "child", workspace.shelf.value("child", context.partition_key))
         rows = load_file(workspace.var / "tokens.safetensors")["heldout"][:2]
         with workspace.device(), torch.inference_mode():
             parent = workspace.load_parent()
-            child = build_child(
-                parent, tuple(Block.parse(c["block"]) for c in solution["choices"]), chosen_pieces(workspace, solution["choices"])
-            )
+            child = build_child(parent, chosen_architecture(solution), chosen_pieces(workspace, solution["choices"]))
             expected = child(input_ids=rows.to(parent.model.device)).logits.float()
             found = load_checkpoint(folder, device=parent.model.device)(input_ids=rows.to(parent.model.device)).logits.float()
         difference = float((expected - found).abs().max())

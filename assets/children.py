@@ -1,5 +1,6 @@
 """The children: assembled from the library, healed, graded and served beside their parent."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,23 @@ from assets.drawings import architecture_picture, page_link
 from assets.materialise import Stopwatch, files_below, materialised, picture, table
 from assets.plan import Plan
 from assets.versions import stage_version
-from puzzle_dag.architecture import Block, layer_key
+from puzzle_dag.architecture import Architecture, Block, layer_key
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import Artifact
 from resources.workspace import Workspace
 
 CHECKPOINT = "checkpoint"
 """Folder of the checkpoint inside an artifact."""
+
+
+def checkpoint_folder(workspace: Workspace, asset: str, child: Mapping[str, Any]) -> Path:
+    """Return where the checkpoint lies that a record's value of `child` or `uptrained_child` speaks of."""
+    return workspace.store.folder(asset, child["key"]) / CHECKPOINT
+
+
+def chosen_architecture(solution: Mapping[str, Any]) -> Architecture:
+    """Return the block of every layer that a solution chose."""
+    return tuple(Block.parse(c["block"]) for c in solution["choices"])
 
 
 class PiecesChangedError(ValueError):
@@ -77,7 +88,7 @@ def _child_asset(plan: Plan) -> dg.AssetsDefinition:
 
         solution = workspace.shelf.value("solution", context.partition_key)["solution"]
         pieces = chosen_pieces(workspace, solution["choices"])
-        architecture = tuple(Block.parse(c["block"]) for c in solution["choices"])
+        architecture = chosen_architecture(solution)
         with workspace.device():
             time, parent = Stopwatch(), workspace.load_parent()
             inputs = {"version": stage_version(stages[0]), "parent": parent.digest, "choices": solution["digest"]}
@@ -145,7 +156,7 @@ def _uptrain(plan: Plan, workspace: Workspace, scenario: str, child: dict[str, A
     def train(folder: Path) -> tuple[str, dict[str, Any]]:
         report = uptrain_child(
             parent,
-            workspace.store.folder("child", child["key"]) / CHECKPOINT,
+            checkpoint_folder(workspace, "child", child),
             rows,
             profile.uptrain,
             folder / CHECKPOINT,

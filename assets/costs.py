@@ -9,7 +9,7 @@ import dagster as dg
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
 from assets.watches import watch_block_costs
-from puzzle_dag.architecture import FFN, Attention, Block
+from puzzle_dag.architecture import FFN, Architecture, Attention, Block
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
@@ -23,6 +23,18 @@ if TYPE_CHECKING:
 def parent_block(plan: Plan) -> Block:
     """Return the parent's own block."""
     return Block(Attention("gqa", plan.shape.num_key_value_heads), FFN("swiglu", plan.shape.intermediate_size))
+
+
+def parent_architecture(plan: Plan) -> Architecture:
+    """Return the parent as the search and the cost table see it: its own block in every layer."""
+    return (parent_block(plan),) * plan.shape.num_hidden_layers
+
+
+def read_cost_table(workspace: Workspace, target: str) -> "CostTable":
+    """Return a target's cost table as `block_costs` wrote it. Raises CostTableError."""
+    from puzzle_dag.costs.table import CostTable
+
+    return CostTable.read(workspace.tables / "costs" / f"{target}.parquet")
 
 
 def _draw(costs: "CostTable") -> bytes:

@@ -7,13 +7,13 @@ from typing import Any
 
 import dagster as dg
 
-from assets.children import CHECKPOINT
-from assets.costs import parent_block
+from assets.children import checkpoint_folder
+from assets.costs import read_cost_table
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
+from assets.predictions import predict_seconds
 from assets.served import constraint_rows, measured_constraints
 from assets.versions import stage_version
-from puzzle_dag.architecture import Block
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import fingerprint, write_atomically
 from resources.rows import write_rows
@@ -108,7 +108,7 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
         from puzzle_dag.report.pictures import retention_bars
 
         time, child = Stopwatch(), workspace.shelf.value("uptrained_child", context.partition_key)
-        checkpoint = workspace.store.folder("uptrained_child", child["key"]) / CHECKPOINT
+        checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
         results = _grade(plan, workspace, child["digest"], checkpoint)
         parent = [TaskResult(**r) for r in json.loads((workspace.var / "grades" / "parent.json").read_text())]
         kept = retention(parent, results)
@@ -136,14 +136,15 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     return accuracy
 
 
-def _predict(plan: Plan, workspace: Workspace, target: str, architecture: tuple[Block, ...]) -> dict[int, float]:
+def _predict(plan: Plan, workspace: Workspace, scenario: str, target: str) -> dict[str, dict[int, float]]:
+    """Return model -> batch size -> seconds of prefill and decode together, by costs that hold for the engine of today."""
     from puzzle_dag.costs.agreement import check_agreement
-    from puzzle_dag.costs.table import CostTable
     from puzzle_dag.engine.client import read_engine_version
 
-    costs = CostTable.read(workspace.tables / "costs" / f"{target}.parquet")
+    costs = read_cost_table(workspace, target)
     check_agreement(costs, costs.target, read_engine_version())
-    return {b: costs.seconds(architecture, b, "prefill") + costs.seconds(architecture, b, "decode") for b in costs.batch_sizes}
+    predicted = predict_seconds(plan, workspace, scenario, costs)
+    return {model: {batch: s["prefill"] + s["decode"] for batch, s in by_batch.items()} for model, by_batch in predicted.items()}
 
 
 def _serve(
@@ -222,10 +223,8 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
         time, name = Stopwatch(), context.partition_key
         scenario, child = workspace.read_scenario(name), workspace.shelf.value("uptrained_child", name)
         spec, solution = workspace.shelf.value("target_spec", scenario.target), workspace.shelf.value("solution", name)["solution"]
-        own = tuple(Block.parse(c["block"]) for c in solution["choices"])
-        parent = (parent_block(plan),) * plan.shape.num_hidden_layers
-        predicted = {n: _predict(plan, workspace, scenario.target, a) for n, a in (("parent", parent), (name, own))}
-        checkpoint = workspace.store.folder("uptrained_child", child["key"]) / CHECKPOINT
+        predicted = _predict(plan, workspace, name, scenario.target)
+        checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
         served = _serve(plan, workspace, spec, {name: (child["digest"], checkpoint)}, predicted)
         report = served["report"]
         met = constraint_rows(measured_constraints(scenario, workspace.target_of(spec), report, name, solution["batch"]))

@@ -6,12 +6,12 @@ from typing import Any
 
 import dagster as dg
 
-from assets.children import CHECKPOINT
-from assets.costs import parent_block
+from assets.children import checkpoint_folder
+from assets.costs import read_cost_table
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
+from assets.predictions import predict_seconds
 from assets.versions import stage_version
-from puzzle_dag.architecture import Block
 from puzzle_dag.config import SpeculationSettings, Target
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import fingerprint
@@ -39,20 +39,13 @@ def _engine(target: Target) -> dict[str, Any]:
 
 def _predict_load(plan: Plan, workspace: Workspace, scenario: str, target: str) -> dict[str, dict[int, Any]]:
     """Return what the cost table says of parent and child at its batch sizes."""
-    from puzzle_dag.costs.table import CostTable
-    from puzzle_dag.serving.curve import PARENT, PredictedLoad
+    from puzzle_dag.serving.curve import PredictedLoad
 
-    costs = CostTable.read(workspace.tables / "costs" / f"{target}.parquet")
-    choices = workspace.shelf.value("solution", scenario)["solution"]["choices"]
-    architectures = {
-        PARENT: (parent_block(plan),) * plan.shape.num_hidden_layers,
-        scenario: tuple(Block.parse(c["block"]) for c in choices),
+    predicted = predict_seconds(plan, workspace, scenario, read_cost_table(workspace, target))
+    return {
+        model: {batch: PredictedLoad(prefill_s=seconds["prefill"], decode_s=seconds["decode"]) for batch, seconds in by_batch.items()}
+        for model, by_batch in predicted.items()
     }
-
-    def predict(architecture: tuple[Block, ...], batch: int) -> PredictedLoad:
-        return PredictedLoad(prefill_s=costs.seconds(architecture, batch, "prefill"), decode_s=costs.seconds(architecture, batch, "decode"))
-
-    return {name: {b: predict(a, b) for b in costs.batch_sizes} for name, a in architectures.items()}
 
 
 def _load_curve(plan: Plan, workspace: Workspace, scenario: str, target: str, child: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
@@ -133,7 +126,7 @@ def _load_curve_asset(plan: Plan) -> dg.AssetsDefinition:
     def load_curve(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         time, name = Stopwatch(), context.partition_key
         child, target = workspace.shelf.value("uptrained_child", name), workspace.read_scenario(name).target
-        checkpoint = workspace.store.folder("uptrained_child", child["key"]) / CHECKPOINT
+        checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
         curve = _load_curve(plan, workspace, name, target, child, checkpoint)
         rows = [{"scenario": name, "target": target, "source": "measured", **level} for level in curve["levels"]]
         return materialised(
@@ -182,7 +175,7 @@ def _speculate(plan: Plan, workspace: Workspace, scenario: str, target: str, chi
     }
 
     def measure(_: Path) -> tuple[str, dict[str, Any]]:
-        checkpoint = workspace.store.folder("uptrained_child", child["key"]) / CHECKPOINT
+        checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
         progress = ProgressLog(f"speculation {scenario}")
         report = asdict(measure_speculation(parent.folder, checkpoint, prompts, workspace.target_of(spec), settings, progress=progress))
         return fingerprint(report), report

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from assets.children import loss_lines
-from assets.costs import parent_block
+from assets.costs import parent_block, read_cost_table
 from assets.facts import frontier_points, ratio_points, read_chain, result_row
 from assets.plan import GROUPS, Plan
 from puzzle_dag.config import Scenario
 from puzzle_dag.costs.comparison import Comparison
-from puzzle_dag.costs.table import CostTable
 from puzzle_dag.report.costs import cost_panels, residual_plot
 from puzzle_dag.report.html import Picture, Table
 from puzzle_dag.report.pictures import frontier, score_heat_map
@@ -177,7 +176,7 @@ def _pictures(plan: Plan, workspace: Workspace) -> list[Picture]:
         layers.setdefault(row["layer"], {})[row["block"]] = row["kl"]
     drawn = [Picture(score_heat_map([layers[i] for i in sorted(layers)]), "KL divergence of every block, alone in the parent")]
     for target in workspace.shelf.value("cost_table")["targets"]:
-        costs = CostTable.read(workspace.tables / "costs" / f"{target}.parquet")
+        costs = read_cost_table(workspace, target)
         drawn.append(
             Picture(
                 cost_panels(costs.rows, title=f"{target}: {costs.source} seconds a layer"), "cost against batch size, a panel a variant"

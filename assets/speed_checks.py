@@ -5,6 +5,7 @@ from dataclasses import asdict
 import dagster as dg
 
 from assets.checking import Body, check_result
+from assets.costs import read_cost_table
 from assets.facts import read_chain
 from assets.materialise import table
 from assets.plan import Plan
@@ -19,9 +20,8 @@ def costs_are_monotone(plan: Plan) -> Body:
 
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
         from puzzle_dag.costs.monotone import find_drops
-        from puzzle_dag.costs.table import CostTable
 
-        costs = CostTable.read(workspace.tables / "costs" / f"{context.partition_key}.parquet")
+        costs = read_cost_table(workspace, context.partition_key)
         drops = find_drops(costs.rows)
         return check_result(
             not drops, blocking=False, num_drops=len(drops), num_costs=len(costs.rows), drops=table([asdict(d) for d in drops])

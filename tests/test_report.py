@@ -72,12 +72,9 @@ def test_retention_below_the_floor_changes_colour():
 
 
 def test_curves_bars_and_frontier_stay_small():
-    seconds = {a: {1: 1e-4 * (i + 1), 8: 2e-4 * (i + 1), 32: 1e-3 * (i + 1)} for i, a in enumerate(ATTENTIONS)}
-    seconds["noop"] = {1: 0.0, 8: 0.0, 32: 0.0}
     points = [pictures.FrontierPoint("parent", 1, 1, "parent"), pictures.FrontierPoint("c", 1.5, 0.97, x_error=0.03, y_error=0.01)]
     points += [pictures.FrontierPoint("", 1 + i / 10, 1 - i / 50, "solution") for i in range(20)]
     for png in (
-        pictures.cost_curves(seconds, seconds, title="cpu-prefill"),
         pictures.loss_bars({"attention/kv4": (0.5, 0.01), "ffn/linear": (0.9, 0.0)}),
         pictures.loss_curve({"total": [(i, 1 / (i + 1)) for i in range(500)], "empty": []}),
         pictures.loss_curve({}),

@@ -138,34 +138,6 @@ def score_heat_map(scores: Sequence[Mapping[str, float]], *, title: str = "", la
     return to_png(figure)
 
 
-def cost_curves(
-    attention_s: Mapping[str, Mapping[int, float]], ffn_s: Mapping[str, Mapping[int, float]], *, title: str = "", y: str = "seconds a layer"
-) -> bytes:
-    """Draw the time that one layer's variant takes against the batch size, attention beside FFN, both axes logarithmic.
-
-    Args:
-        attention_s: variant -> batch size -> seconds; values of 0 (a no-op) are left out.
-        ffn_s: the same for the FFN.
-        title: written above.
-        y: name and unit of the times.
-    """
-    figure, axes = new_figure(9.6, 3.4, 2)
-    for ax, place, seconds in zip(axes, ("attention", "FFN"), (attention_s, ffn_s), strict=True):
-        for i, name in enumerate(sorted(seconds, key=_heaviness)):
-            points = [(batch, s) for batch, s in sorted(seconds[name].items()) if s > 0]
-            if points:
-                ax.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=name, **line_look(i))
-        batches = sorted({b for curve in seconds.values() for b in curve})
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        ax.set_xticks(batches, [str(b) for b in batches])
-        ax.minorticks_off()
-        set_labels(ax, title=f"{title}: {place}" if title else place, x="batch (requests)", y=y)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return to_png(figure)
-
-
 def loss_bars(losses: Mapping[str, tuple[float, float]], *, title: str = "", x: str = "loss (share of the output's energy)") -> bytes:
     """Draw the loss of every variant as initialised and after training, one pair of bars each, on a logarithmic axis.
 

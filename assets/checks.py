@@ -7,9 +7,7 @@ import math
 
 import dagster as dg
 
-from assets.checking import Body
-from assets.checking import check_of as _check
-from assets.checking import check_result as _result
+from assets.checking import Body, check_of, check_result
 from assets.children import checkpoint_folder, chosen_architecture, chosen_pieces
 from assets.costs import parent_architecture, parent_block
 from assets.facts import constraints_met, read_chain
@@ -21,6 +19,9 @@ from assets.search import read_costs, read_scores
 from assets.served import Verdict, overall_verdict
 from assets.speed_checks import costs_are_monotone, serves_as_predicted
 from resources.workspace import Workspace
+
+_Check = tuple[str, str, dg.PartitionsDefinition, Body, str]
+"""Asset, name, partitions, body, description."""
 
 _VERDICTS: dict[Verdict, str] = {
     "met": "no part of the confidence interval is more than 5 % short",
@@ -43,7 +44,7 @@ def _library_is_complete(plan: Plan) -> Body:
                 except PieceMissingError:
                     missing.append(f"{place}/{variant.name}")
         losses = [r["loss_trained"] for r in value["reports"]]
-        return _result(
+        return check_result(
             not missing and all(math.isfinite(x) for x in losses), missing=", ".join(missing) or "none", num_variants=len(losses)
         )
 
@@ -60,7 +61,9 @@ def _scores_are_sound(plan: Plan) -> Body:
         ]
         own = next((r for r in rows if r["block"] == parent_block(plan).name), None)
         parent_is_zero = own is not None and own["kl"] == 0 and own["top1_agreement"] == 1
-        return _result(not wrong and parent_is_zero, unsound=", ".join(wrong) or "none", parent_is_zero=parent_is_zero, num_pairs=len(rows))
+        return check_result(
+            not wrong and parent_is_zero, unsound=", ".join(wrong) or "none", parent_is_zero=parent_is_zero, num_pairs=len(rows)
+        )
 
     return body
 
@@ -93,7 +96,7 @@ def _solution_is_feasible(plan: Plan) -> Body:
         scores = {(s.layer, s.block): s for layer in read_scores(workspace) for s in layer}
         broken += [budget.score for budget in solution.budgets if budget.value > budget.at_most]
         strange = [c.block for c in solution.choices if (c.layer, c.block) not in scores or scores[c.layer, c.block].digest != c.digest]
-        return _result(
+        return check_result(
             not broken and not strange, broken=", ".join(broken) or "none", unknown=", ".join(strange) or "none", limits=table(rows)
         )
 
@@ -118,7 +121,7 @@ def _child_is_as_assembled(plan: Plan) -> Body:
             expected = child(input_ids=rows.to(parent.model.device)).logits.float()
             found = load_checkpoint(folder, device=parent.model.device)(input_ids=rows.to(parent.model.device)).logits.float()
         difference = float((expected - found).abs().max())
-        return _result(difference == 0, largest_difference=difference)
+        return check_result(difference == 0, largest_difference=difference)
 
     return body
 
@@ -133,7 +136,7 @@ def _retention_is_kept(plan: Plan) -> Body:
             if retained is not None
             else {"retention": "undefined: the parent is no better than chance"}
         )
-        return _result(retained is not None and retained >= floor, blocking=False, floor=floor, **shown)
+        return check_result(retained is not None and retained >= floor, blocking=False, floor=floor, **shown)
 
     return body
 
@@ -156,87 +159,36 @@ def _serves_as_asked(plan: Plan) -> Body:
 
 def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
     """Return the checks of one profile."""
-    layers, scenarios = plan.partitions.layers, plan.partitions.scenarios
     return [
-        _check(
-            plan,
-            "block_library",
-            "complete",
-            layers,
-            _library_is_complete(plan),
-            blocking=True,
-            description="Every variant of the space is there, its loss finite.",
-        ),
-        _check(
-            plan,
-            "block_scores",
-            "sound",
-            layers,
-            _scores_are_sound(plan),
-            blocking=True,
-            description="Scores are finite, and the parent's own block scores 0.",
-        ),
-        _check(
-            plan,
-            "block_costs",
-            "held_out",
-            plan.partitions.targets,
-            heldout_is_predicted(plan),
-            blocking=False,
-            description="Random models that were no probes: median error at most 3 %, worst 8 %, or 1.2 times the repeat noise.",
-        ),
-        _check(
-            plan,
-            "block_costs",
-            "monotone",
-            plan.partitions.targets,
-            costs_are_monotone(plan),
-            blocking=False,
-            description="No variant takes less time at a larger batch, beyond the noise of the measurement.",
-        ),
-        _check(
-            plan,
-            "solution",
-            "feasible",
-            scenarios,
-            _solution_is_feasible(plan),
-            blocking=True,
-            description="The chosen pieces, added up again, meet every constraint.",
-        ),
-        _check(
-            plan,
-            "child",
-            "as_assembled",
-            scenarios,
-            _child_is_as_assembled(plan),
-            blocking=True,
-            description="The checkpoint gives the assembled child's logits bit for bit.",
-        ),
-        _check(
-            plan,
-            "accuracy",
-            "retention",
-            scenarios,
-            _retention_is_kept(plan),
-            blocking=False,
-            description="Mean retention, corrected for chance, is above the scenario's floor.",
-        ),
-        _check(
-            plan,
-            "serving",
-            "as_asked",
-            scenarios,
-            _serves_as_asked(plan),
-            blocking=False,
-            description="The engine's measurement meets the scenario within 5 %: an error where it can't, a warning where it is unclear.",
-        ),
-        _check(
-            plan,
-            "serving",
-            "as_predicted",
-            scenarios,
-            serves_as_predicted(plan),
-            blocking=False,
-            description="The speed-up that the cost table foretold lies within 10 % beyond the measured 95 % interval.",
-        ),
+        check_of(plan, asset, name, partitions, body, blocking=blocking, description=description)
+        for blocking, checks in ((True, _blocking_checks(plan)), (False, _warning_checks(plan)))
+        for asset, name, partitions, body, description in checks
+    ]
+
+
+def _blocking_checks(plan: Plan) -> list[_Check]:
+    layers, scenarios = plan.partitions.layers, plan.partitions.scenarios
+    library, scores = _library_is_complete(plan), _scores_are_sound(plan)
+    feasible, assembled = _solution_is_feasible(plan), _child_is_as_assembled(plan)
+    return [
+        ("block_library", "complete", layers, library, "Every variant of the space is there, its loss finite."),
+        ("block_scores", "sound", layers, scores, "Scores are finite, and the parent's own block scores 0."),
+        ("solution", "feasible", scenarios, feasible, "The chosen pieces, added up again, meet every constraint."),
+        ("child", "as_assembled", scenarios, assembled, "The checkpoint gives the assembled child's logits bit for bit."),
+    ]
+
+
+def _warning_checks(plan: Plan) -> list[_Check]:
+    targets, scenarios = plan.partitions.targets, plan.partitions.scenarios
+    held_out = "Random models that were no probes: median error at most 3 %, worst 8 %, or 1.2 times the repeat noise."
+    monotone = "No variant takes less time at a larger batch, beyond the noise of the measurement."
+    retention = "Mean retention, corrected for chance, is above the scenario's floor."
+    as_asked = "The engine's measurement meets the scenario within 5 %: an error where it can't, a warning where it is unclear."
+    as_predicted = "The speed-up that the cost table foretold lies within 10 % beyond the measured 95 % interval."
+    return [
+        ("block_costs", "held_out", targets, heldout_is_predicted(plan), held_out),
+        ("block_costs", "monotone", targets, costs_are_monotone(plan), monotone),
+        ("accuracy", "retention", scenarios, _retention_is_kept(plan), retention),
+        ("serving", "as_asked", scenarios, _serves_as_asked(plan), as_asked),
+        ("serving", "as_predicted", scenarios, serves_as_predicted(plan), as_predicted),
     ]

@@ -45,7 +45,7 @@ def run_demo(root: Path, profile: str, say: Callable[[str], None]) -> RefreshRec
         record = refresh(root, profile, instance, on_outcome=tell)
     plan, workspace = make_plan(root, profile), Workspace(root=str(root), profile=profile)
     facts = [f for f in (scenario_facts(plan, workspace, name) for name in plan.profile.scenarios) if f is not None]
-    machine, stages = describe_machine(), stage_seconds(plan, workspace)
+    machine, stages = describe_machine(), stage_seconds(workspace)
     results = results_table(workspace, facts)
     say("")
     if facts:

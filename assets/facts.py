@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from assets.plan import Plan
 from assets.served import constraint_rows, measured_constraints, overall_verdict
 from puzzle_dag.store import fingerprint
 from resources.workspace import Workspace
@@ -70,7 +69,7 @@ def served_model(chain: Chain, model: str) -> Mapping[str, Any]:
     return found
 
 
-def constraints_met(plan: Plan, workspace: Workspace, chain: Chain) -> list[dict[str, Any]]:
+def constraints_met(workspace: Workspace, chain: Chain) -> list[dict[str, Any]]:
     """Return the constraints as measured; [] where nothing was served."""
     if chain.serving is None or chain.spec is None or chain.solution is None:
         return []
@@ -79,7 +78,7 @@ def constraints_met(plan: Plan, workspace: Workspace, chain: Chain) -> list[dict
     return constraint_rows(measured_constraints(scenario, target, chain.serving["report"], chain.name, chain.solution["batch"]))
 
 
-def _measured_ratios(plan: Plan, workspace: Workspace, chain: Chain) -> dict[str, float | None]:
+def _measured_ratios(workspace: Workspace, chain: Chain) -> dict[str, float | None]:
     """Return child / parent of latency and memory (weights and KV cache), as served at the batch size that the solution keeps."""
     own, theirs = served_model(chain, chain.name), served_model(chain, "parent")
     if not own or not theirs or chain.spec is None:
@@ -90,7 +89,7 @@ def _measured_ratios(plan: Plan, workspace: Workspace, chain: Chain) -> dict[str
     return {"measured_latency_ratio": own["total_s"] / theirs["total_s"], "measured_memory_ratio": memory[0] / memory[1]}
 
 
-def result_row(plan: Plan, workspace: Workspace, chain: Chain) -> dict[str, Any]:
+def result_row(workspace: Workspace, chain: Chain) -> dict[str, Any]:
     """Return one scenario's results as a flat row; None for what isn't there."""
     solution, served, mean = chain.solution or {}, served_model(chain, chain.name), (chain.accuracy or {}).get("mean", {})
     predicted, speedup, floor = solution.get("predicted", {}), _speedup(chain), (chain.spec or {}).get("retention_floor")
@@ -112,14 +111,14 @@ def result_row(plan: Plan, workspace: Workspace, chain: Chain) -> dict[str, Any]
         "memory_bytes": predicted.get("memory_bytes"),
         "parameters": predicted.get("parameters"),
         "parent_parameters": solution.get("parent", {}).get("parameters"),
-        "constraints_verdict": overall_verdict(constraints_met(plan, workspace, chain)) if chain.serving else None,
+        "constraints_verdict": overall_verdict(constraints_met(workspace, chain)) if chain.serving else None,
         "kl_assembled": (chain.child or {}).get("divergence", {}).get("kl", {}).get("mean"),
         "kl": (chain.uptrained or {}).get("divergence", {}).get("kl", {}).get("mean"),
         "retention": retained,
         "retention_stderr": mean.get("stderr"),
         "retention_floor": floor,
         "retention_met": None if retained is None or floor is None else retained >= floor,
-        **_measured_ratios(plan, workspace, chain),
+        **_measured_ratios(workspace, chain),
     }
 
 

@@ -147,9 +147,7 @@ def _predict(plan: Plan, workspace: Workspace, scenario: str, target: str) -> di
     return {model: {batch: s["prefill"] + s["decode"] for batch, s in by_batch.items()} for model, by_batch in predicted.items()}
 
 
-def _serve(
-    plan: Plan, workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple[str, Path]], predicted: dict[str, Any]
-) -> dict[str, Any]:
+def _serve(workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple[str, Path]], predicted: dict[str, Any]) -> dict[str, Any]:
     """Return a ServingReport as JSON and its key in the store: measured now or, for the same models and machine, before."""
     from puzzle_dag.children.serve import measure_serving
     from puzzle_dag.engine.client import read_engine_version
@@ -196,7 +194,7 @@ def _parent_serving_asset(plan: Plan) -> dg.AssetsDefinition:
     )
     def parent_serving(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         time = Stopwatch()
-        served = _serve(plan, workspace, workspace.shelf.value("target_spec", context.partition_key), {}, {})
+        served = _serve(workspace, workspace.shelf.value("target_spec", context.partition_key), {}, {})
         report = served["report"]
         rows = [{"target": context.partition_key, **m} for m in report["models"]]
         files = [write_rows(workspace.tables / "parent_serving" / f"{context.partition_key}.parquet", rows)]
@@ -225,7 +223,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
         spec, solution = workspace.shelf.value("target_spec", scenario.target), workspace.shelf.value("solution", name)["solution"]
         predicted = _predict(plan, workspace, name, scenario.target)
         checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
-        served = _serve(plan, workspace, spec, {name: (child["digest"], checkpoint)}, predicted)
+        served = _serve(workspace, spec, {name: (child["digest"], checkpoint)}, predicted)
         report = served["report"]
         met = constraint_rows(measured_constraints(scenario, workspace.target_of(spec), report, name, solution["batch"]))
         source = solution["notes"].get("costs", "measured")

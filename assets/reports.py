@@ -159,7 +159,7 @@ def _timed_records(workspace: Workspace) -> Iterator[tuple[str, list[Record]]]:
             yield name, records
 
 
-def stage_seconds(plan: Plan, workspace: Workspace) -> dict[str, float]:
+def stage_seconds(workspace: Workspace) -> dict[str, float]:
     """Return the seconds that each asset took, all partitions together, in the order of the data flow."""
     return {name: sum(r.seconds for r in records) for name, records in _timed_records(workspace)}
 
@@ -169,7 +169,7 @@ def stage_peak_memory_bytes(workspace: Workspace) -> dict[str, int]:
     return {name: max(r.peak_memory_bytes for r in records) for name, records in _timed_records(workspace)}
 
 
-def _pictures(plan: Plan, workspace: Workspace) -> list[Picture]:
+def _pictures(workspace: Workspace) -> list[Picture]:
     """Return the score heat map, and of every target that has costs their panels and residuals."""
     layers: dict[int, dict[str, float]] = {}
     for row in read_rows(workspace.tables / "score_table.parquet"):
@@ -231,7 +231,7 @@ def write_reports(
 ) -> Path:
     """Write a page a scenario and one for all to var/PROFILE/reports; return the latter's path. Nothing new, nothing written."""
     folder = workspace.var / "reports"
-    index, results, stages = folder / "index.html", results_table(workspace, facts), stage_seconds(plan, workspace)
+    index, results, stages = folder / "index.html", results_table(workspace, facts), stage_seconds(workspace)
     records = [workspace.shelf.find(name) for name in ("score_table", "cost_table")]
     content = [repr(facts), repr(results), stages, footer, [r.data_version for r in records if r]]
     stamp, pages = folder / "stamp", [index, *(folder / f"{f.name}.html" for f in facts)]
@@ -239,7 +239,7 @@ def write_reports(
         return index
     for fact in facts:
         write_atomically(folder / f"{fact.name}.html", render_scenario(fact, footer=footer))
-    rows = [result_row(plan, workspace, read_chain(workspace, f.name)) for f in facts]
+    rows = [result_row(workspace, read_chain(workspace, f.name)) for f in facts]
     against = [Picture(png, name.replace("_", " ")) for name, png in frontier_pictures(rows).items()]
     page = render_overview(
         plan.profile.name,
@@ -247,7 +247,7 @@ def write_reports(
         stages=stages,
         frontiers=against,
         machine=machine,
-        pictures=_pictures(plan, workspace) if all(records) else (),
+        pictures=_pictures(workspace) if all(records) else (),
         pages=[(f.name, f"{f.name}.html") for f in facts],
         footer=footer,
     )

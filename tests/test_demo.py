@@ -169,8 +169,8 @@ def test_memory_is_told_at_the_point_of_the_constraint(plan, workspace):
     assert (fact.parent, fact.child, fact.predicted) == ((16 + 8) * MIB, (8 + 8) * MIB, 7 * MIB)
 
 
-def test_stages_add_up_their_partitions_in_the_order_of_the_data_flow(plan, workspace):
-    seconds = stage_seconds(plan, workspace)
+def test_stages_add_up_their_partitions_in_the_order_of_the_data_flow(workspace):
+    seconds = stage_seconds(workspace)
     assert seconds["block_library"] == 60.0 and seconds["accuracy"] == 2.0 and "target_spec" not in seconds
     assert list(seconds).index("block_library") < list(seconds).index("child") < list(seconds).index("accuracy")
 

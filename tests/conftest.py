@@ -1,13 +1,13 @@
 """Fixtures that every test file may use: tiny random parents, saved as normal Hugging Face checkpoints."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from micro_project import Project, make_project
+from micro_project import Project, copy_project, make_project
 from ticking_engine import TickingEngine
 from transformers import (
     LlamaConfig,
@@ -109,6 +109,29 @@ def refreshed_project(micro_parent_folder: Path, tmp_path_factory: pytest.TempPa
         record = made.refresh()
     assert record.ok, [o for o in record.outcomes if o.state != "ran"]
     return made
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[TickingEngine]:
+    """An engine whose times are arithmetic, in vLLM's place while the tests of a file run."""
+    with pytest.MonkeyPatch.context() as patch:
+        found = TickingEngine()
+        found.install(patch)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def project(
+    refreshed_project: Project, tmp_path_factory: pytest.TempPathFactory, engine: TickingEngine, request: pytest.FixtureRequest
+) -> Project:
+    """A copy of `refreshed_project` that the tests of a file share, unless the file makes one of its own."""
+    return copy_project(refreshed_project, tmp_path_factory.mktemp(request.module.__name__))
+
+
+@pytest.fixture
+def no_jobs_yet(project: Project, engine: TickingEngine) -> None:
+    """The shared project, which every test leaves up to date, and an engine that forgot what the tests before asked of it."""
+    engine.jobs.clear()
 
 
 @pytest.fixture(scope="session")

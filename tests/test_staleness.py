@@ -4,11 +4,10 @@ The tests share one project, which each leaves up to date: an edit is made, and 
 """
 
 import shutil
-from collections.abc import Iterator
 
 import dagster as dg
 import pytest
-from micro_project import Project, copy_project
+from micro_project import Project
 from ticking_engine import TickingEngine
 
 from assets.definitions import build_definitions
@@ -18,25 +17,7 @@ from resources.rows import read_rows
 LAYERS = ("L00", "L01")
 SCENARIOS = ("micro-small", "micro-light")
 AFTER_A_CHILD = ("uptrained_child", "accuracy", "serving")
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TickingEngine]:
-    with pytest.MonkeyPatch.context() as patch:
-        found = TickingEngine()
-        found.install(patch)
-        yield found
-
-
-@pytest.fixture(scope="module")
-def project(refreshed_project: Project, tmp_path_factory: pytest.TempPathFactory, engine: TickingEngine) -> Project:
-    """The micro profile, refreshed once; layer 0 has a width more than layer 1."""
-    return copy_project(refreshed_project, tmp_path_factory.mktemp("staleness"))
-
-
-@pytest.fixture(autouse=True)
-def up_to_date(project: Project, engine: TickingEngine) -> None:
-    engine.jobs.clear()
+pytestmark = pytest.mark.usefixtures("no_jobs_yet")
 
 
 def with_children(project: Project, before: dict[str, str]) -> set[str]:

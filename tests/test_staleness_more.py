@@ -3,14 +3,13 @@
 As in test_staleness, the project is shared, each test leaves it up to date, and only the engine is arithmetic.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
 import yaml
-from micro_project import Project, copy_project
+from micro_project import Project
 from ticking_engine import TickingEngine
 
 from assets import plan as planning
@@ -23,24 +22,7 @@ from assets.versions import stage_version
 
 SCENARIOS = ("micro-small", "micro-light")
 GATHERED = {"frontier", "tables"}
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TickingEngine]:
-    with pytest.MonkeyPatch.context() as patch:
-        found = TickingEngine()
-        found.install(patch)
-        yield found
-
-
-@pytest.fixture(scope="module")
-def project(refreshed_project: Project, tmp_path_factory: pytest.TempPathFactory, engine: TickingEngine) -> Project:
-    return copy_project(refreshed_project, tmp_path_factory.mktemp("staleness-more"))
-
-
-@pytest.fixture(autouse=True)
-def up_to_date(project: Project, engine: TickingEngine) -> None:
-    engine.jobs.clear()
+pytestmark = pytest.mark.usefixtures("no_jobs_yet")
 
 
 def names(record: RefreshRecord, state: Any) -> set[str]:

@@ -129,15 +129,17 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--profile", default=os.environ.get("PUZZLE_DAG_PROFILE", "tiny"), help="name of a file in conf/profiles")
 
     refresh = commands.add_parser("refresh", parents=[profile], help="bring everything that is stale up to date")
-    refresh.add_argument("--select", nargs="*", default=[], metavar="ASSET", help='only these: "asset" or "asset[partition]"')
-    refresh.add_argument("--remake", nargs="*", default=[], metavar="ASSET", help="run these even where they are fresh")
+    wanted = 'only these: "asset" or "asset[partition]"'
+    refresh.add_argument("--select", nargs="*", action="extend", default=[], metavar="ASSET", help=wanted)
+    refresh.add_argument("--remake", nargs="*", action="extend", default=[], metavar="ASSET", help="run these even where they are fresh")
     for option, what in (
         ("retrain", "train anew what the store has"),
         ("rescore", "score anew"),
         ("remeasure", "measure anew"),
         ("regrade", "grade anew"),
     ):
-        refresh.add_argument(f"--{option}", nargs="*", default=None, metavar="ITEM", help=f"{what}, and replace it; all, or only these")
+        said = f"{what}, and replace it; all, or only these"
+        refresh.add_argument(f"--{option}", nargs="*", action="extend", default=None, metavar="ITEM", help=said)
     refresh.set_defaults(run=_refresh)
     status = commands.add_parser("status", parents=[profile], help="say what is stale and why")
     status.set_defaults(run=_status)

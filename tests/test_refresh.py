@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from micro_project import CHECKOUT, Project, make_project
 
+from assets.__main__ import _parser
 from assets.refresh import RefreshRecord
 from assets.scenarios import add_scenario
 from assets.status import describe_status
@@ -222,3 +223,11 @@ def test_adding_a_scenario_validates_it_first(micro_parent_folder: Path, tmp_pat
     with pytest.raises(ConfigError, match="nowhere"):
         add_scenario(project.root, "micro", wrong)
     assert not (project.root / "conf" / "scenarios" / "wrong.yaml").exists()
+
+
+@pytest.mark.parametrize("given", [["a", "b[c]", "--{}", "d"], ["a", "--{}", "b[c]", "--{}", "d"]], ids=["listed", "repeated"])
+@pytest.mark.parametrize("option", ["select", "remake", "retrain"])
+def test_an_option_that_is_given_again_adds_to_what_it_said(option, given):
+    arguments = ["refresh", f"--{option}", *(word.format(option) for word in given)]
+    assert getattr(_parser().parse_args(arguments), option) == ["a", "b[c]", "d"]
+    assert getattr(_parser().parse_args(["refresh"]), option) in ([], None)

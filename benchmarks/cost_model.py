@@ -78,7 +78,7 @@ def measure_side_by_side(
         due = {name for name, count in counts.items() if number <= count}
         groups = [(shape, [*probes * ("probes" in due), *heldout * ("held out" in due)]), (llama, rival.models * ("rival" in due))]
         if llama.to_dict() == shape.to_dict():  # one worker, and the two methods' engines mixed
-            groups = [(shape, [*groups[0][1], *groups[1][1]])]
+            groups = [(shape, list(dict.fromkeys([*groups[0][1], *groups[1][1]])))]  # the single layer is a model of both
         for config, models in groups:
             random.Random(number).shuffle(models)
             say = ProgressLog(f"round {number} of {max(counts.values())}")

@@ -71,6 +71,7 @@ def _scores_are_sound(plan: Plan) -> Body:
 def _solution_is_feasible(plan: Plan) -> Body:
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
         """Add the costs up again, from the table and not from the solver, and hold them against every limit."""
+        from puzzle_dag.search.candidates import placed_digests
         from puzzle_dag.search.points import scenario_limits
         from puzzle_dag.search.solution import Solution
 
@@ -93,9 +94,9 @@ def _solution_is_feasible(plan: Plan) -> Body:
                 limit.at_most is not None and value > limit.at_most + slack
             ):
                 broken.append(limit.name)
-        scores = {(s.layer, s.block): s for layer in read_scores(workspace) for s in layer}
+        scored = {placed for layer in read_scores(workspace) for score in layer for placed in placed_digests(score)}
         broken += [budget.score for budget in solution.budgets if budget.value > budget.at_most]
-        strange = [c.block for c in solution.choices if (c.layer, c.block) not in scores or scores[c.layer, c.block].digest != c.digest]
+        strange = [c.block for c in solution.choices if (c.layer, c.block, c.digest) not in scored]
         return check_result(
             not broken and not strange, broken=", ".join(broken) or "none", unknown=", ".join(strange) or "none", limits=table(rows)
         )

@@ -26,6 +26,7 @@ from assets.online import online_assets
 from assets.parent import parent_assets
 from assets.plan import Plan, make_plan
 from assets.results import result_assets
+from assets.run_scores import run_score_assets
 from assets.scores import score_assets
 from assets.search import search_assets
 from assets.sweeps import sweep_schedules
@@ -42,6 +43,7 @@ def build_definitions(plan: Plan | ForeignPlan) -> dg.Definitions:
         configuration_assets,
         parent_assets,
         library_assets,
+        run_score_assets,
         score_assets,
         cost_assets,
         search_assets,

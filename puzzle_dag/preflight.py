@@ -4,13 +4,13 @@ Reads configuration and the parent's config.json only; takes milliseconds.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from puzzle_dag.architecture import LayerSpace
+from puzzle_dag.architecture import FFN, Attention, Block, LayerSpace, Run, variant_union
 from puzzle_dag.config import (
     ConfigError,
     Profile,
@@ -20,6 +20,7 @@ from puzzle_dag.config import (
     read_earlier,
     read_scenario,
     read_target,
+    resolve_runs,
     resolve_space,
     scenario_file,
 )
@@ -70,6 +71,23 @@ def resolve_spaces(profile: Profile, shape: "PuzzleDagConfig") -> list[LayerSpac
         )
         for layer in range(shape.num_hidden_layers)
     ]
+
+
+def list_runs(profile: Profile, shape: "PuzzleDagConfig") -> tuple[Run, ...]:
+    """Return the runs of layers that may be replaced at once. Raises ConfigError for a run that the parent doesn't have."""
+    return resolve_runs(profile.search_space, num_layers=shape.num_hidden_layers)
+
+
+def list_cost_variants(profile: Profile, shape: "PuzzleDagConfig") -> tuple[tuple[Attention, ...], tuple[FFN, ...]]:
+    """Return what costs must be known for: the sorted union of the layers' variants, and the FFNs of runs that are fused.
+
+    Raises:
+        ConfigError: a variant or a run that the parent doesn't allow.
+    """
+    attentions, ffns = variant_union(resolve_spaces(profile, shape))
+    own = FFN("swiglu", shape.intermediate_size)
+    fused = {run.fused_ffn(own) for run in list_runs(profile, shape) if run.kind == "fuse"}
+    return attentions, tuple(sorted({*ffns, *fused}))
 
 
 def check_lengths(profile: Profile, targets: Mapping[str, Target], shape: "PuzzleDagConfig") -> None:
@@ -130,16 +148,25 @@ def check_scenario(scenario: Scenario, targets: Mapping[str, Target], *, file: P
             raise _wrong(scenario, file, f"{field}.at.batch", f"is {at.batch}; target {own.name} measures {list(own.batch_sizes)}")
 
 
-def check_structure(scenario: Scenario, spaces: Sequence[LayerSpace], *, file: Path | None = None) -> None:
-    """Check that a scenario's structure speaks of layers and blocks that there are. Raises ConfigError."""
-    structure, num_layers = scenario.structure, len(spaces)
+def list_placed_blocks(profile: Profile, shape: "PuzzleDagConfig") -> set[tuple[int, str]]:
+    """Return every (layer, block) that a child may have: from the layers' spaces and from runs. Raises ConfigError."""
+    parent = Block(Attention("gqa", shape.num_key_value_heads), FFN("swiglu", shape.intermediate_size))
+    own = {(layer, block.name) for layer, space in enumerate(resolve_spaces(profile, shape)) for block in space.blocks}
+    return own | {
+        (layer, block.name) for run in list_runs(profile, shape) for layer, block in zip(run.layers, run.blocks(parent), strict=True)
+    }
+
+
+def check_structure(scenario: Scenario, placed: Collection[tuple[int, str]], num_layers: int, *, file: Path | None = None) -> None:
+    """Check that a scenario's structure speaks of layers and blocks that there are; `placed` says which. Raises ConfigError."""
+    structure = scenario.structure
     patterns: list[tuple[str, int | str, str]] = [("fixed", layer, pattern) for layer, pattern in structure.fixed.items()]
     patterns += [("forbidden", layer, pattern) for layer, several in structure.forbidden.items() for pattern in several]
     for kind, layer, pattern in patterns:
         field = f"structure.{kind}.{layer}"
         if layer != "all" and layer not in range(num_layers):
             raise _wrong(scenario, file, field, f"names a layer that isn't there; the parent has layers 0 to {num_layers - 1}")
-        names = sorted({b.name for i, space in enumerate(spaces) if layer in ("all", i) for b in space.blocks})
+        names = sorted({name for i, name in placed if layer in ("all", i)})
         if not any(fnmatchcase(name, pattern) for name in names):
             raise _wrong(scenario, file, field, f"is {pattern!r}, which matches no block of the search space: {', '.join(names)}")
     for place, least in (("structure", structure.min_different_layers), ("pool", scenario.pool.min_different_layers)):
@@ -158,7 +185,7 @@ def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> Non
     Raises:
         ConfigError: the first thing that can't work; the message names file or field, value and fix.
     """
-    spaces = resolve_spaces(profile, shape)
+    placed = list_placed_blocks(profile, shape)
     targets = {name: read_target(conf, name) for name in profile.targets}
     check_lengths(profile, targets, shape)
     for name in profile.scenarios:
@@ -166,4 +193,4 @@ def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> Non
         for asked in (scenario, *read_earlier(conf, scenario).values()):
             file = scenario_file(conf, asked.name)
             check_scenario(asked, targets, file=file)
-            check_structure(asked, spaces, file=file)
+            check_structure(asked, placed, shape.num_hidden_layers, file=file)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from puzzle_dag.architecture import Architecture
 from puzzle_dag.model.checkpoint import architecture_of, child_config, save_checkpoint
+from puzzle_dag.model.fused_ffn import stack_ffns
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.model.parent import Parent
-from puzzle_dag.pieces import LayerPieces, Place
+from puzzle_dag.pieces import LayerPieces, Place, piece_name
 from puzzle_dag.store import digest_tensors, fingerprint
 
 VERSION = 1
@@ -26,14 +27,17 @@ class PieceMismatchError(ValueError):
 
 def _place_state(parent: Parent, pieces: LayerPieces, layer: int, place: Place, variant_name: str) -> Mapping[str, Tensor]:
     own = (parent.block.attention if place == "attention" else parent.block.ffn).name
-    return parent.layer_state(layer, place) if variant_name == own else pieces.state(place, variant_name)
+    if variant_name == own:
+        return parent.layer_state(layer, place)
+    fused = pieces.fused.get(piece_name(place, variant_name))
+    return pieces.state(place, variant_name) if fused is None else stack_ffns([parent.layer_state(i, "ffn") for i in fused])
 
 
 def build_child(parent: Parent, architecture: Architecture, pieces: Sequence[LayerPieces]) -> PuzzleDagForCausalLM:
     """Return the child of `architecture` in the parent's dtype and on its device, in eval mode.
 
     Args:
-        parent: gives everything outside the layers, and every block that is its own.
+        parent: gives everything outside the layers, every block that is its own, and the FFNs of runs that are fused.
         architecture: one block a layer.
         pieces: one entry a layer, in order.
 

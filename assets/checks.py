@@ -11,6 +11,7 @@ from assets.checking import Body, check_of, check_result
 from assets.children import checkpoint_folder, chosen_architecture, chosen_pieces
 from assets.costs import parent_architecture, parent_block
 from assets.facts import constraints_met, read_chain
+from assets.further_checks import further_score_checks
 from assets.heldout import heldout_is_predicted
 from assets.library import space_from_json
 from assets.materialise import table
@@ -160,11 +161,12 @@ def _serves_as_asked(plan: Plan) -> Body:
 
 def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
     """Return the checks of one profile."""
-    return [
+    checks = [
         check_of(plan, asset, name, partitions, body, blocking=blocking, description=description)
         for blocking, checks in ((True, _blocking_checks(plan)), (False, _warning_checks(plan)))
         for asset, name, partitions, body, description in checks
     ]
+    return [*checks, *further_score_checks(plan)]
 
 
 def _blocking_checks(plan: Plan) -> list[_Check]:

@@ -30,6 +30,7 @@ from assets.run_scores import run_score_assets
 from assets.scores import score_assets
 from assets.search import search_assets
 from assets.sweeps import sweep_schedules
+from assets.task_scores import task_score_assets
 from resources.workspace import Workspace, project_root
 
 PROFILE_VARIABLE = "PUZZLE_DAG_PROFILE"
@@ -44,6 +45,7 @@ def build_definitions(plan: Plan | ForeignPlan) -> dg.Definitions:
         parent_assets,
         library_assets,
         run_score_assets,
+        task_score_assets,
         score_assets,
         cost_assets,
         search_assets,

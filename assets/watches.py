@@ -4,7 +4,7 @@ Each watch returns a JSON value. Its fingerprint is kept in the record of a mate
 has another one, the refresh runs the asset again. For a configuration asset the watch is the asset's whole value.
 
 - `cost_variants` hangs on every layer's space, but only on their union.
-- `run_scores` of a layer are those of the runs that begin at it; no other of them, and nothing of the library, makes them stale.
+- `run_scores` of a layer are those of the runs that begin at it, and `task_scores` grades these, too; no other run makes them stale.
 - `block_costs` may be analytic only where a scenario of its target says so, and nobody measured it.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `block_costs` takes what was imported for a target that this machine can't measure.
@@ -24,7 +24,7 @@ from assets.plan import Plan
 from puzzle_dag.architecture import LayerSpace, layer_index
 from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, read_earlier, scenario_file, with_earlier
 from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE, digest_chat_template
-from puzzle_dag.preflight import check_scenario, list_cost_variants, list_runs, resolve_spaces
+from puzzle_dag.preflight import check_scenario, check_scores, list_cost_variants, list_runs, resolve_spaces
 from puzzle_dag.store import digest_file, fingerprint, write_atomically
 from resources.workspace import Workspace
 
@@ -136,10 +136,12 @@ def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None)
     Raises ConfigError where a target or a batch size is not measured.
     """
     assert partition is not None
-    scenario, targets = workspace.read_scenario(partition), {name: workspace.read_target(name) for name in workspace.read_profile().targets}
+    profile, scenario = workspace.read_profile(), workspace.read_scenario(partition)
+    targets = {name: workspace.read_target(name) for name in profile.targets}
     earlier = read_earlier(workspace.conf, scenario)
     for asked in (scenario, *earlier.values()):
         check_scenario(asked, targets, file=scenario_file(workspace.conf, asked.name))
+        check_scores(asked, profile, file=scenario_file(workspace.conf, asked.name))
     return with_earlier(scenario, earlier)
 
 
@@ -209,6 +211,7 @@ WATCHES: dict[str, Watch] = {
     "corpus": watch_corpus,
     "search_space": watch_search_space,
     "run_scores": watch_run_scores,
+    "task_scores": watch_run_scores,
     "cost_variants": watch_cost_variants,
     "target_spec": watch_target_spec,
     "block_costs": watch_costs_and_engine,
@@ -259,6 +262,7 @@ def watched_words(plan: Plan, asset: str, partition: str | None) -> str:
         "corpus": f"the corpus, its files or Python's version changed ({profile})",
         "search_space": f"{profile} changed",
         "run_scores": f"search_space.runs in {profile} changed",
+        "task_scores": f"search_space.runs in {profile} changed",
         "cost_variants": f"{profile} changed",
         "target_spec": f"conf/targets/{partition}.yaml changed",
         "scenario_spec": f"conf/scenarios/{partition}.yaml changed",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from puzzle_dag.architecture import FFN, Attention, Block, LayerSpace, Run, variant_union
 from puzzle_dag.config import (
+    LOSSES,
     ConfigError,
     Profile,
     Scenario,
@@ -174,6 +175,20 @@ def check_structure(scenario: Scenario, placed: Collection[tuple[int, str]], num
             raise _wrong(scenario, file, f"{place}.min_different_layers", f"is {least}; the parent has {num_layers} layers")
 
 
+def check_scores(scenario: Scenario, profile: Profile, *, file: Path | None = None) -> None:
+    """Check that every score that a scenario minimises or bounds is one that the profile's blocks get. Raises ConfigError."""
+    graded = () if profile.task_scores is None else profile.task_scores.tasks
+    objective = scenario.objective
+    for field, names in (("objective.minimize", objective.weights), ("objective.subject_to", objective.subject_to)):
+        unknown = [name for name in names if name not in (*LOSSES, *graded)]
+        if unknown:
+            near = get_close_matches(unknown[0], (*LOSSES, *graded), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            tasks = ", ".join([*graded, unknown[0]])
+            fix = f"{hint}To grade every block on it, write `task_scores: {{tasks: [{tasks}]}}` into conf/profiles/{profile.name}.yaml"
+            raise _wrong(scenario, file, field, f"names {unknown[0]!r}, which profile {profile.name} doesn't score; {fix}")
+
+
 def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> None:
     """Check a profile with all the files that it names, against its parent's shape.
 
@@ -193,4 +208,5 @@ def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> Non
         for asked in (scenario, *read_earlier(conf, scenario).values()):
             file = scenario_file(conf, asked.name)
             check_scenario(asked, targets, file=file)
+            check_scores(asked, profile, file=file)
             check_structure(asked, placed, shape.num_hidden_layers, file=file)

@@ -1,6 +1,6 @@
 """Scores of runs against plain models: the parent with several layers replaced, run whole, in the plainest code."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -161,8 +161,7 @@ def test_only_missing_runs_are_computed_and_rows_read_back(parent: Parent, cache
     assert score(parent, (), cache, tmp_path) == []
     both = score(parent, FROM_FIRST, cache, tmp_path)
     assert both[:2] == before and cache.reads != []
-    graded = RunScore(**{**{f: getattr(before[1], f) for f in ("layer", "block", "kl", "lm_loss", "top1_agreement", "num_tokens", "digest")},
-                         "tasks": {"quiz": 0.5}, "blocks": before[1].blocks, "digests": before[1].digests})  # fmt: skip
+    graded = replace(before[1], tasks={"quiz": 0.5})
     assert RunScore.of_row(graded.to_row()) == graded and RunScore.of_row(before[0].to_row()) == before[0]
     cache.reads.clear()
     assert score(parent, FROM_FIRST[:2], cache, tmp_path, rescore=True) == before and cache.reads != []

@@ -25,7 +25,12 @@ class PieceMismatchError(ValueError):
     """A piece whose tensors are not those that the architecture asks for at its place."""
 
 
-def _place_state(parent: Parent, pieces: LayerPieces, layer: int, place: Place, variant_name: str) -> Mapping[str, Tensor]:
+def place_state(parent: Parent, pieces: LayerPieces, layer: int, place: Place, variant_name: str) -> Mapping[str, Tensor]:
+    """Return the tensors of a variant at its place: the parent's own, a library piece, or the parent's FFNs of a fused run.
+
+    Raises:
+        PieceMissingError: the variant was never made.
+    """
     own = (parent.block.attention if place == "attention" else parent.block.ffn).name
     if variant_name == own:
         return parent.layer_state(layer, place)
@@ -55,7 +60,7 @@ def build_child(parent: Parent, architecture: Architecture, pieces: Sequence[Lay
     state = {n: t for n, t in parent.model.state_dict().items() if not n.startswith("model.layers.")}
     for layer, block in enumerate(architecture):
         for place, variant in (("attention", block.attention), ("ffn", block.ffn)):
-            for name, tensor in _place_state(parent, pieces[layer], layer, place, variant.name).items():  # type: ignore[arg-type]
+            for name, tensor in place_state(parent, pieces[layer], layer, place, variant.name).items():  # type: ignore[arg-type]
                 state[f"model.layers.{layer}.{name}"] = tensor.to(dtype=dtype, device=parent.model.device)
     try:
         child.load_state_dict(state, strict=True)

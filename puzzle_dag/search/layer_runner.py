@@ -1,16 +1,13 @@
 """From a cached hidden state of the parent to its final states: single layers, replaced ones among them, run on stacked rows."""
 
 import copy
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
-from puzzle_dag.architecture import Block
-from puzzle_dag.model.checkpoint import child_config
-from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM, PuzzleDagLayer
+from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 
 if TYPE_CHECKING:
     from puzzle_dag.model.parent import Parent
@@ -41,19 +38,6 @@ def cast_parent(parent: "Parent", dtype: torch.dtype) -> PuzzleDagForCausalLM:
     """Return the parent's model in a dtype; a copy where its weights have another."""
     same = next(parent.model.parameters()).dtype == dtype
     return parent.model if same else copy.deepcopy(parent.model).to(dtype)
-
-
-def make_layer(parent: "Parent", model: PuzzleDagForCausalLM, layer: int, block: Block, state: Mapping[str, Tensor]) -> PuzzleDagLayer:
-    """Return a layer of the parent's shape with another block and its tensors, on the device and in the dtype of `model`."""
-    architecture = [parent.block] * parent.num_layers
-    architecture[layer] = block
-    config = child_config(model.config, tuple(architecture))
-    config._attn_implementation = model.config._attn_implementation
-    with torch.device("meta"):
-        made = PuzzleDagLayer(config, layer)
-    weight = model.lm_head.weight
-    made.load_state_dict({n: t.to(weight.device, weight.dtype) for n, t in state.items()}, strict=True, assign=True)
-    return made.eval()
 
 
 class LayerRunner:

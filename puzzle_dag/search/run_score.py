@@ -16,10 +16,11 @@ from torch import Tensor
 from puzzle_dag.architecture import Run
 from puzzle_dag.model.fused_ffn import stack_ffns
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagLayer
+from puzzle_dag.model.replacement import make_layer
 from puzzle_dag.pieces import NOOP, ActivationCacheLike
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.search.divergence import Reference, ScoreSums
-from puzzle_dag.search.layer_runner import LayerRunner, ScoreError, cast_parent, check_computing, check_drift, make_layer
+from puzzle_dag.search.layer_runner import LayerRunner, ScoreError, cast_parent, check_computing, check_drift
 from puzzle_dag.search.task_scores import GradedBlockScore
 from puzzle_dag.store import ArtifactStore, fingerprint
 

@@ -14,10 +14,11 @@ import torch
 
 from puzzle_dag.architecture import FFN, Attention, Block, LayerSpace
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM, PuzzleDagLayer
+from puzzle_dag.model.replacement import make_layer
 from puzzle_dag.pieces import ActivationCacheLike, LayerPieces, Place
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.search.divergence import Reference, ScoreSums
-from puzzle_dag.search.layer_runner import LayerRunner, ScoreError, cast_parent, check_computing, check_drift, make_layer
+from puzzle_dag.search.layer_runner import LayerRunner, ScoreError, cast_parent, check_computing, check_drift
 from puzzle_dag.store import ArtifactStore, fingerprint
 
 if TYPE_CHECKING:

@@ -58,7 +58,7 @@ def grade(parent: Parent, asked: list[Replacement], folder: Path, **options: obj
 def test_grades_are_those_of_whole_children(parent: Parent, tmp_path: Path, layer: int) -> None:
     before = {n: t.clone() for n, t in parent.model.state_dict().items()}
     asked = replacements(parent, layer, tmp_path)
-    assert [r.name for r in asked][0] == parent.block.name
+    assert asked[0].name == parent.block.name
     grades = grade(parent, asked, tmp_path)
     assert [(g.block, g.task) for g in grades] == [(r.name, t) for r in asked for t in SETTINGS.tasks]
     assert {g.num_items for g in grades} == {SETTINGS.num_items} and {g.layer for g in grades} == {layer}

@@ -179,7 +179,7 @@ def check_scores(scenario: Scenario, profile: Profile, *, file: Path | None = No
     """Check that every score that a scenario minimises or bounds is one that the profile's blocks get. Raises ConfigError."""
     graded = () if profile.task_scores is None else profile.task_scores.tasks
     objective = scenario.objective
-    for field, names in (("objective.minimize", objective.weights), ("objective.subject_to", objective.subject_to)):
+    for field, names in (("objective.subject_to", objective.subject_to), ("objective.minimize", objective.weights)):
         unknown = [name for name in names if name not in (*LOSSES, *graded)]
         if unknown:
             near = get_close_matches(unknown[0], (*LOSSES, *graded), n=1)

@@ -100,7 +100,8 @@ def architecture_map(
             ax.add_patch(Rectangle((layer - 0.46, row - 0.42), 0.92, 0.84, color=colour, linewidth=0))
     for run in map(Run.parse, runs):
         ax.add_patch(Rectangle((run.first - 0.5, -0.5), len(run.layers), len(labels), fill=False, edgecolor=ORANGE, linewidth=1.4))
-        ax.text((run.first + run.last) / 2, len(rows_attention), run.kind, ha="center", va="center", fontsize=7, color=ORANGE)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.text((run.first + run.last) / 2, len(rows_attention), run.kind, ha="center", va="center", fontsize=7, color=ORANGE, bbox=box)
     ax.set_xlim(-0.6, len(blocks) - 0.4)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     named = {i: f"{label} (parent)" if i in own else label for i, label in enumerate(labels) if label}

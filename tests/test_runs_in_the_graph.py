@@ -155,7 +155,7 @@ def test_task_scores_fill_the_table_and_a_scenario_minimises_them(project: Proje
     project.edit(file, objective={"minimize": {"skill_copy": 1.0, "skill_facts": 2.0, "kl": 0.001}})
     record = project.refresh()
     found = solution(project)
-    assert record.ok and found.minimized == "skill_copy + 2 skill_facts + 0.001 kl"
+    assert record.ok and found.minimized == "0.001 kl + skill_copy + 2 skill_facts"
     table = rows(project, "SELECT layer, block, skill_copy, skill_facts, kl FROM score_table")
     values = {(layer, block): scores for layer, block, *scores in table}
     own = values[0, "kv4/w128"]

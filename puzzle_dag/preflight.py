@@ -79,16 +79,19 @@ def list_runs(profile: Profile, shape: "PuzzleDagConfig") -> tuple[Run, ...]:
     return resolve_runs(profile.search_space, num_layers=shape.num_hidden_layers)
 
 
+def _own_block(shape: "PuzzleDagConfig") -> Block:
+    return Block(Attention("gqa", shape.num_key_value_heads), FFN("swiglu", shape.intermediate_size))
+
+
 def list_cost_variants(profile: Profile, shape: "PuzzleDagConfig") -> tuple[tuple[Attention, ...], tuple[FFN, ...]]:
-    """Return what costs must be known for: the sorted union of the layers' variants, and the FFNs of runs that are fused.
+    """Return what costs must be known for: the sorted union of the layers' variants and of what runs put into layers.
 
     Raises:
         ConfigError: a variant or a run that the parent doesn't allow.
     """
     attentions, ffns = variant_union(resolve_spaces(profile, shape))
-    own = FFN("swiglu", shape.intermediate_size)
-    fused = {run.fused_ffn(own) for run in list_runs(profile, shape) if run.kind == "fuse"}
-    return attentions, tuple(sorted({*ffns, *fused}))
+    placed = [block for run in list_runs(profile, shape) for block in run.blocks(_own_block(shape))]
+    return tuple(sorted({*attentions, *(b.attention for b in placed)})), tuple(sorted({*ffns, *(b.ffn for b in placed)}))
 
 
 def check_lengths(profile: Profile, targets: Mapping[str, Target], shape: "PuzzleDagConfig") -> None:
@@ -151,7 +154,7 @@ def check_scenario(scenario: Scenario, targets: Mapping[str, Target], *, file: P
 
 def list_placed_blocks(profile: Profile, shape: "PuzzleDagConfig") -> set[tuple[int, str]]:
     """Return every (layer, block) that a child may have: from the layers' spaces and from runs. Raises ConfigError."""
-    parent = Block(Attention("gqa", shape.num_key_value_heads), FFN("swiglu", shape.intermediate_size))
+    parent = _own_block(shape)
     own = {(layer, block.name) for layer, space in enumerate(resolve_spaces(profile, shape)) for block in space.blocks}
     return own | {
         (layer, block.name) for run in list_runs(profile, shape) for layer, block in zip(run.layers, run.blocks(parent), strict=True)

@@ -107,6 +107,16 @@ def test_fused_widths_are_measured_and_dropped_runs_cost_nothing_more() -> None:
     assert attentions == alone[0] and set(ffns) - set(alone[1]) == {FFN("swiglu", 256), FFN("swiglu", 512)} and list(ffns) == sorted(ffns)
 
 
+def test_no_ops_of_runs_have_a_cost_where_no_layer_may_be_one() -> None:
+    """A dropped layer needs the cost of nothing, also where the layers' own spaces have no no-op."""
+    bare = {"attention": ["kv4", "kv1"], "ffn": [1.0, 0.5]}
+    assert not {Attention("noop"), FFN("noop")} & {v for several in list_cost_variants(profile(search_space=bare), SHAPE) for v in several}
+    for kind in ("drop", "fuse"):
+        runs = {**bare, "runs": {"layers": ["1-2"], "kinds": [kind]}}
+        attentions, ffns = list_cost_variants(profile(search_space=runs), SHAPE)
+        assert Attention("noop") in attentions and FFN("noop") in ffns and (FFN("swiglu", 256) in ffns) == (kind == "fuse")
+
+
 def test_a_fused_ffn_weighs_what_its_parts_do_but_for_norms() -> None:
     fused, one = (size_variant(SHAPE, "ffn", name) for name in ("w384", "w128"))
     assert fused.matrix_parameters == 3 * one.matrix_parameters and fused.other_parameters == one.other_parameters == 64

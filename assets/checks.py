@@ -11,6 +11,7 @@ from assets.checking import Body, check_of, check_result
 from assets.children import checkpoint_folder, chosen_architecture, chosen_pieces
 from assets.costs import parent_architecture, parent_block
 from assets.facts import constraints_met, read_chain
+from assets.further_checks import further_score_checks
 from assets.heldout import heldout_is_predicted
 from assets.library import space_from_json
 from assets.materialise import table
@@ -71,6 +72,7 @@ def _scores_are_sound(plan: Plan) -> Body:
 def _solution_is_feasible(plan: Plan) -> Body:
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
         """Add the costs up again, from the table and not from the solver, and hold them against every limit."""
+        from puzzle_dag.search.candidates import placed_digests
         from puzzle_dag.search.points import scenario_limits
         from puzzle_dag.search.solution import Solution
 
@@ -93,9 +95,9 @@ def _solution_is_feasible(plan: Plan) -> Body:
                 limit.at_most is not None and value > limit.at_most + slack
             ):
                 broken.append(limit.name)
-        scores = {(s.layer, s.block): s for layer in read_scores(workspace) for s in layer}
+        scored = {placed for layer in read_scores(workspace) for score in layer for placed in placed_digests(score)}
         broken += [budget.score for budget in solution.budgets if budget.value > budget.at_most]
-        strange = [c.block for c in solution.choices if (c.layer, c.block) not in scores or scores[c.layer, c.block].digest != c.digest]
+        strange = [c.block for c in solution.choices if (c.layer, c.block, c.digest) not in scored]
         return check_result(
             not broken and not strange, broken=", ".join(broken) or "none", unknown=", ".join(strange) or "none", limits=table(rows)
         )
@@ -159,11 +161,12 @@ def _serves_as_asked(plan: Plan) -> Body:
 
 def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
     """Return the checks of one profile."""
-    return [
+    checks = [
         check_of(plan, asset, name, partitions, body, blocking=blocking, description=description)
         for blocking, checks in ((True, _blocking_checks(plan)), (False, _warning_checks(plan)))
         for asset, name, partitions, body, description in checks
     ]
+    return [*checks, *further_score_checks(plan)]
 
 
 def _blocking_checks(plan: Plan) -> list[_Check]:

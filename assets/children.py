@@ -10,6 +10,7 @@ import dagster as dg
 from assets.drawings import architecture_picture, page_link
 from assets.materialise import Stopwatch, files_below, materialised, picture, table
 from assets.plan import Plan
+from assets.run_scores import fused_pieces
 from assets.versions import stage_version
 from puzzle_dag.architecture import Architecture, Block, layer_key
 from puzzle_dag.progress import ProgressLog
@@ -35,11 +36,14 @@ class PiecesChangedError(ValueError):
 
 
 def chosen_pieces(workspace: Workspace, choices: list[dict[str, Any]]) -> list[Any]:
-    """Return the library's LayerPieces, a layer each. Raises PiecesChangedError where they are not those of `choices`."""
+    """Return the LayerPieces of each layer: the library's, or a run's. Raises PiecesChangedError, RunsChangedError where they changed."""
     from puzzle_dag.pieces import LayerPieces
 
     layers = []
     for choice in choices:
+        if choice.get("run"):
+            layers.append(fused_pieces(workspace, choice))
+            continue
         key = layer_key(choice["layer"])
         library, scores = workspace.shelf.find("block_library", key), workspace.shelf.value("block_scores", key)
         scored = {s["block"]: s["digest"] for s in scores["scores"]}
@@ -107,7 +111,13 @@ def _child_asset(plan: Plan) -> dg.AssetsDefinition:
                 "folder": dg.MetadataValue.path(str(made.folder / CHECKPOINT)),
                 **_divergence_metadata(divergence),
                 "architecture": table([{"layer": c["layer"], "block": c["block"], "score": c["score"]} for c in solution["choices"]]),
-                "picture": architecture_picture(plan, workspace, [b.name for b in architecture], title=context.partition_key),
+                "picture": architecture_picture(
+                    plan,
+                    workspace,
+                    [b.name for b in architecture],
+                    runs=list(dict.fromkeys(c["run"] for c in solution["choices"] if c.get("run"))),
+                    title=context.partition_key,
+                ),
                 "page": page_link(plan, context.partition_key),
             },
             time=time,

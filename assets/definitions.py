@@ -26,9 +26,11 @@ from assets.online import online_assets
 from assets.parent import parent_assets
 from assets.plan import Plan, make_plan
 from assets.results import result_assets
+from assets.run_scores import run_score_assets
 from assets.scores import score_assets
 from assets.search import search_assets
 from assets.sweeps import sweep_schedules
+from assets.task_scores import task_score_assets
 from resources.workspace import Workspace, project_root
 
 PROFILE_VARIABLE = "PUZZLE_DAG_PROFILE"
@@ -42,6 +44,8 @@ def build_definitions(plan: Plan | ForeignPlan) -> dg.Definitions:
         configuration_assets,
         parent_assets,
         library_assets,
+        run_score_assets,
+        task_score_assets,
         score_assets,
         cost_assets,
         search_assets,

@@ -11,13 +11,15 @@ from resources.pages import page_url
 from resources.workspace import Workspace
 
 
-def architecture_picture(plan: Plan, workspace: Workspace, blocks: Sequence[str], *, title: str) -> dg.MetadataValue:
-    """Return which attention and which FFN every layer took, among all that were on offer."""
+def architecture_picture(
+    plan: Plan, workspace: Workspace, blocks: Sequence[str], *, runs: Sequence[str] = (), title: str
+) -> dg.MetadataValue:
+    """Return which attention and which FFN every layer took, among all that were on offer, and which runs were replaced at once."""
     from puzzle_dag.report.pictures import architecture_map
 
     variants = workspace.shelf.value("cost_variants")
     drawn = architecture_map(
-        blocks, attentions=variants["attention"], ffns=variants["ffn"], parent_block=parent_block(plan).name, title=title
+        blocks, attentions=variants["attention"], ffns=variants["ffn"], parent_block=parent_block(plan).name, runs=runs, title=title
     )
     return picture(drawn, "the architecture, layer by variant")
 

@@ -22,7 +22,7 @@ GROUPS = {
     "1_configuration": ("corpus", "parent", "search_space", "cost_variants", "target_spec", "scenario_spec"),
     "2_parent": ("tokens", "parent_activations", "parent_accuracy", "parent_serving"),
     "3_library": ("block_library",),
-    "4_scores": ("block_scores", "layer_group", "score_table"),
+    "4_scores": ("block_scores", "run_scores", "task_scores", "layer_group", "score_table"),
     "5_costs": ("block_costs", "cost_table"),
     "6_search": ("solution",),
     "7_children": ("child", "uptrained_child", "accuracy", "serving", "load_curve", "speculation"),
@@ -32,6 +32,9 @@ GROUPS = {
 
 OPT_IN = ("load_curve", "speculation")
 """Assets that exist only where the profile has settings under their name; each takes minutes a scenario."""
+
+OPT_IN_SCORES = ("run_scores", "task_scores")
+"""Further scores of a layer, likewise: of runs that begin at it (`search_space.runs`), and on lm-eval tasks (`task_scores`)."""
 
 
 def dagster_name(verb: str, name: str, kind: str = "") -> str:
@@ -106,6 +109,12 @@ class Plan(Naming):
     def opted_in(self) -> tuple[str, ...]:
         """Names of the OPT_IN assets that the profile asks for."""
         return tuple(name for name in OPT_IN if getattr(self.profile, name) is not None)
+
+    @property
+    def further_scores(self) -> tuple[str, ...]:
+        """Names of the OPT_IN_SCORES assets that the profile asks for."""
+        asked = {"run_scores": self.profile.search_space.runs, "task_scores": self.profile.task_scores}
+        return tuple(name for name in OPT_IN_SCORES if asked[name] is not None)
 
 
 def make_plan(root: Path, profile_name: str) -> "Plan | ForeignPlan":

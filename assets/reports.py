@@ -111,6 +111,7 @@ def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts
             **solution["notes"],
         },
         blocks=[c["block"] for c in solution["choices"]],
+        runs=list(dict.fromkeys(c["run"] for c in solution["choices"] if c.get("run"))),
         parent_block=parent_block(plan).name,
         attentions=variants["attention"],
         ffns=variants["ffn"],

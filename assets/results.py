@@ -73,7 +73,7 @@ def _frontier_asset(plan: Plan) -> dg.AssetsDefinition:
 def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
     def sources(workspace: Workspace) -> dict[str, list[Path]]:
         wanted, singles = _partition_names(plan), [workspace.tables / f"{name}.parquet" for name in _SINGLE_TABLES]
-        folders = [workspace.tables / name for name in (*_TABLES, *plan.opted_in)]
+        folders = [workspace.tables / name for name in (*_TABLES, *plan.further_scores, *plan.opted_in)]
         found = {folder.name: [p for p in sorted(folder.glob("*.parquet")) if p.stem in wanted] for folder in folders}
         return found | {path.stem: [path] for path in singles if path.exists()}
 

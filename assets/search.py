@@ -8,6 +8,7 @@ import dagster as dg
 from assets.costs import parent_block
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
+from assets.run_scores import read_run_scores
 from puzzle_dag.store import fingerprint
 from resources.rows import read_rows, write_rows
 from resources.workspace import Workspace
@@ -29,12 +30,14 @@ class InfeasibleFailure(dg.Failure, ValueError):
 
 
 def read_scores(workspace: Workspace) -> list[list["BlockScore"]]:
-    """Return the score table, a list a layer; columns beside the losses are scores on lm-eval tasks."""
+    """Return the score table, a list a layer, with the runs that begin there; columns beside the losses are scores on lm-eval tasks."""
     from puzzle_dag.search.task_scores import score_of_row
 
     layers: dict[int, list[BlockScore]] = {}
     for row in read_rows(workspace.tables / "score_table.parquet"):
         layers.setdefault(row["layer"], []).append(score_of_row(row))
+    for run in read_run_scores(workspace):
+        layers[run.layer].append(run)
     return [layers[i] for i in sorted(layers)]
 
 
@@ -81,6 +84,7 @@ def solution_row(solution: "Solution") -> dict[str, Any]:
         **predicted,
         **parent,
         "blocks": " ".join(c.block for c in solution.choices),
+        "runs": " ".join(solution.runs),
         "digest": solution.digest,
     }
 
@@ -141,6 +145,7 @@ def _metadata(plan: Plan, workspace: Workspace, solutions: "list[Solution]") -> 
         attentions=variants["attention"],
         ffns=variants["ffn"],
         parent_block=parent_block(plan).name,
+        runs=solution.runs,
         title=solution.scenario,
     )
     proven = {"bound": solution.notes.get("bound", solution.bound), "gap": solution.notes.get("gap", solution.gap)}
@@ -160,7 +165,7 @@ def _metadata(plan: Plan, workspace: Workspace, solutions: "list[Solution]") -> 
         "what loosening buys": table(_loosened_rows(solution)),
         "programs": table(batches),
         "pool": table(_pool_table(solutions)),
-        "architecture": table([{"layer": c.layer, "block": c.block, "score": c.score} for c in solution.choices]),
+        "architecture": table([{"layer": c.layer, "block": c.block, "score": c.score, "run": c.run} for c in solution.choices]),
         "picture": picture(drawn, "the architecture"),
     }
 

@@ -4,6 +4,7 @@ Each watch returns a JSON value. Its fingerprint is kept in the record of a mate
 has another one, the refresh runs the asset again. For a configuration asset the watch is the asset's whole value.
 
 - `cost_variants` hangs on every layer's space, but only on their union.
+- `run_scores` of a layer are those of the runs that begin at it, and `task_scores` grades these, too; no other run makes them stale.
 - `block_costs` may be analytic only where a scenario of its target says so, and nobody measured it.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `block_costs` takes what was imported for a target that this machine can't measure.
@@ -20,10 +21,10 @@ from typing import Any
 from assets.foreign.plan import ForeignPlan
 from assets.foreign.watches import watch_foreign_frontier, watch_foreign_scenario, watch_library_file
 from assets.plan import Plan
-from puzzle_dag.architecture import LayerSpace, layer_index, variant_union
+from puzzle_dag.architecture import LayerSpace, layer_index
 from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, read_earlier, scenario_file, with_earlier
 from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE, digest_chat_template
-from puzzle_dag.preflight import check_scenario, resolve_spaces
+from puzzle_dag.preflight import check_scenario, check_scores, list_cost_variants, list_runs, resolve_spaces
 from puzzle_dag.store import digest_file, fingerprint, write_atomically
 from resources.workspace import Workspace
 
@@ -85,9 +86,16 @@ def watch_search_space(plan: Plan, workspace: Workspace, partition: str | None) 
     return space_to_json(resolve_spaces(workspace.read_profile(), plan.shape)[layer_index(partition)])
 
 
+def watch_run_scores(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
+    """Return the runs that begin at one layer."""
+    assert partition is not None
+    runs = list_runs(workspace.read_profile(), plan.shape)
+    return {"runs": [run.name for run in runs if run.first == layer_index(partition)]}
+
+
 def watch_cost_variants(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
-    """Return the sorted union of the layers' variants, and the shape of the model that they are measured in."""
-    attentions, ffns = variant_union(resolve_spaces(workspace.read_profile(), plan.shape))
+    """Return the sorted union of the layers' variants and of fused FFNs, and the shape of the model that they are measured in."""
+    attentions, ffns = list_cost_variants(workspace.read_profile(), plan.shape)
     ignored = ("transformers_version", "dtype", "_name_or_path", "architectures")
     shape = {k: v for k, v in json.loads(plan.shape.to_json_string(use_diff=False)).items() if k not in ignored}
     return {"attention": [a.name for a in attentions], "ffn": [f.name for f in ffns], "shape": shape}
@@ -128,10 +136,12 @@ def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None)
     Raises ConfigError where a target or a batch size is not measured.
     """
     assert partition is not None
-    scenario, targets = workspace.read_scenario(partition), {name: workspace.read_target(name) for name in workspace.read_profile().targets}
+    profile, scenario = workspace.read_profile(), workspace.read_scenario(partition)
+    targets = {name: workspace.read_target(name) for name in profile.targets}
     earlier = read_earlier(workspace.conf, scenario)
     for asked in (scenario, *earlier.values()):
         check_scenario(asked, targets, file=scenario_file(workspace.conf, asked.name))
+        check_scores(asked, profile, file=scenario_file(workspace.conf, asked.name))
     return with_earlier(scenario, earlier)
 
 
@@ -200,6 +210,8 @@ WATCHES: dict[str, Watch] = {
     "parent": watch_parent,
     "corpus": watch_corpus,
     "search_space": watch_search_space,
+    "run_scores": watch_run_scores,
+    "task_scores": watch_run_scores,
     "cost_variants": watch_cost_variants,
     "target_spec": watch_target_spec,
     "block_costs": watch_costs_and_engine,
@@ -249,6 +261,8 @@ def watched_words(plan: Plan, asset: str, partition: str | None) -> str:
         "parent": f"the parent's files or {profile} changed",
         "corpus": f"the corpus, its files or Python's version changed ({profile})",
         "search_space": f"{profile} changed",
+        "run_scores": f"search_space.runs in {profile} changed",
+        "task_scores": f"search_space.runs in {profile} changed",
         "cost_variants": f"{profile} changed",
         "target_spec": f"conf/targets/{partition}.yaml changed",
         "scenario_spec": f"conf/scenarios/{partition}.yaml changed",

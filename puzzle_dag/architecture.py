@@ -1,8 +1,8 @@
 """The words of the search: what may stand in a layer's attention place and in its FFN place.
 
 A *variant* is one choice for one place (`kv4`, `linear`, `noop`; `w768`, `linear`, `noop`); a *block* is a pair
-of them ("kv4/w768"); an architecture is one block a layer. Names are canonical, parse back, and are safe as
-file names, partition keys and SQL values.
+of them ("kv4/w768"); an architecture is one block a layer. A *run* replaces several layers that follow each other at
+once ("drop_3-5", "fuse_3-5"). Names are canonical, parse back, and are safe as file names, partition keys and SQL values.
 """
 
 import re
@@ -12,6 +12,7 @@ from typing import Literal
 
 _ATTENTION_NAME = re.compile(r"kv([1-9][0-9]*)")
 _FFN_NAME = re.compile(r"w([1-9][0-9]*)")
+_RUN_NAME = re.compile(r"(drop|fuse)_(0|[1-9][0-9]*)-([1-9][0-9]*)")
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -78,6 +79,50 @@ class Block:
 
 
 Architecture = tuple[Block, ...]
+NO_BLOCK = Block(Attention("noop"), FFN("noop"))
+"""The block of a layer that is not there."""
+RunKind = Literal["drop", "fuse"]
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Run:
+    """A replacement of the layers `first` to `last` at once.
+
+    `drop` leaves all of them out. `fuse` (FFN Fusion, arXiv 2503.18908) leaves out all attentions but the first layer's and
+    sets the parent's FFNs side by side, as one FFN of their summed width in the first layer; the other layers do nothing.
+    """
+
+    first: int
+    last: int
+    kind: RunKind
+
+    @property
+    def name(self) -> str:
+        """Canonical name, e.g. "fuse_3-5"."""
+        return f"{self.kind}_{self.first}-{self.last}"
+
+    @staticmethod
+    def parse(name: str) -> "Run":
+        """Parse a canonical name. Raises ValueError for anything else."""
+        match = _RUN_NAME.fullmatch(name)
+        if match is None or int(match[2]) >= int(match[3]):
+            raise ValueError(f"run {name!r} not understood; write drop_FIRST-LAST or fuse_FIRST-LAST")
+        return Run(int(match[2]), int(match[3]), "drop" if match[1] == "drop" else "fuse")
+
+    @property
+    def layers(self) -> range:
+        """The layers that it replaces."""
+        return range(self.first, self.last + 1)
+
+    def blocks(self, parent: Block) -> Architecture:
+        """Return the block of each of its layers, in a model whose own block is `parent`."""
+        if self.kind == "drop":
+            return (NO_BLOCK,) * len(self.layers)
+        return (Block(parent.attention, self.fused_ffn(parent.ffn)), *(NO_BLOCK,) * (len(self.layers) - 1))
+
+    def fused_ffn(self, parent: FFN) -> FFN:
+        """Return the one FFN that the parent's FFNs of these layers make side by side."""
+        return FFN("swiglu", len(self.layers) * parent.intermediate_size)
 
 
 @dataclass(frozen=True, slots=True)

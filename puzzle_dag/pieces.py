@@ -42,6 +42,8 @@ class LayerPieces:
     """"attention/kv4" -> artifact, for each variant that is neither the parent's own nor a no-op."""
     parents: dict[str, str] = field(default_factory=dict)
     """"attention/kv8" -> digest of the parent's layer and the place; two entries, one a place."""
+    fused: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """"ffn/w1536" -> the layers whose own FFNs stand side by side as this one, where a run was fused into this layer."""
 
     def is_parent(self, place: Place, variant_name: str) -> bool:
         """Say whether the variant is the parent's own, whose tensors come from the parent."""
@@ -51,7 +53,7 @@ class LayerPieces:
         """Return a variant's tensors by layer-relative name; empty for a no-op.
 
         Raises:
-            PieceMissingError: the variant is the parent's own (use `Parent.layer_state`) or was never made.
+            PieceMissingError: the variant is the parent's own or made of its FFNs (use `Parent.layer_state`), or was never made.
         """
         if variant_name == NOOP:
             return {}

@@ -4,14 +4,15 @@ Reads configuration and the parent's config.json only; takes milliseconds.
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from puzzle_dag.architecture import LayerSpace
+from puzzle_dag.architecture import FFN, Attention, Block, LayerSpace, Run, variant_union
 from puzzle_dag.config import (
+    LOSSES,
     ConfigError,
     Profile,
     Scenario,
@@ -20,6 +21,7 @@ from puzzle_dag.config import (
     read_earlier,
     read_scenario,
     read_target,
+    resolve_runs,
     resolve_space,
     scenario_file,
 )
@@ -70,6 +72,26 @@ def resolve_spaces(profile: Profile, shape: "PuzzleDagConfig") -> list[LayerSpac
         )
         for layer in range(shape.num_hidden_layers)
     ]
+
+
+def list_runs(profile: Profile, shape: "PuzzleDagConfig") -> tuple[Run, ...]:
+    """Return the runs of layers that may be replaced at once. Raises ConfigError for a run that the parent doesn't have."""
+    return resolve_runs(profile.search_space, num_layers=shape.num_hidden_layers)
+
+
+def _own_block(shape: "PuzzleDagConfig") -> Block:
+    return Block(Attention("gqa", shape.num_key_value_heads), FFN("swiglu", shape.intermediate_size))
+
+
+def list_cost_variants(profile: Profile, shape: "PuzzleDagConfig") -> tuple[tuple[Attention, ...], tuple[FFN, ...]]:
+    """Return what costs must be known for: the sorted union of the layers' variants and of what runs put into layers.
+
+    Raises:
+        ConfigError: a variant or a run that the parent doesn't allow.
+    """
+    attentions, ffns = variant_union(resolve_spaces(profile, shape))
+    placed = [block for run in list_runs(profile, shape) for block in run.blocks(_own_block(shape))]
+    return tuple(sorted({*attentions, *(b.attention for b in placed)})), tuple(sorted({*ffns, *(b.ffn for b in placed)}))
 
 
 def check_lengths(profile: Profile, targets: Mapping[str, Target], shape: "PuzzleDagConfig") -> None:
@@ -130,21 +152,44 @@ def check_scenario(scenario: Scenario, targets: Mapping[str, Target], *, file: P
             raise _wrong(scenario, file, f"{field}.at.batch", f"is {at.batch}; target {own.name} measures {list(own.batch_sizes)}")
 
 
-def check_structure(scenario: Scenario, spaces: Sequence[LayerSpace], *, file: Path | None = None) -> None:
-    """Check that a scenario's structure speaks of layers and blocks that there are. Raises ConfigError."""
-    structure, num_layers = scenario.structure, len(spaces)
+def list_placed_blocks(profile: Profile, shape: "PuzzleDagConfig") -> set[tuple[int, str]]:
+    """Return every (layer, block) that a child may have: from the layers' spaces and from runs. Raises ConfigError."""
+    parent = _own_block(shape)
+    own = {(layer, block.name) for layer, space in enumerate(resolve_spaces(profile, shape)) for block in space.blocks}
+    return own | {
+        (layer, block.name) for run in list_runs(profile, shape) for layer, block in zip(run.layers, run.blocks(parent), strict=True)
+    }
+
+
+def check_structure(scenario: Scenario, placed: Collection[tuple[int, str]], num_layers: int, *, file: Path | None = None) -> None:
+    """Check that a scenario's structure speaks of layers and blocks that there are; `placed` says which. Raises ConfigError."""
+    structure = scenario.structure
     patterns: list[tuple[str, int | str, str]] = [("fixed", layer, pattern) for layer, pattern in structure.fixed.items()]
     patterns += [("forbidden", layer, pattern) for layer, several in structure.forbidden.items() for pattern in several]
     for kind, layer, pattern in patterns:
         field = f"structure.{kind}.{layer}"
         if layer != "all" and layer not in range(num_layers):
             raise _wrong(scenario, file, field, f"names a layer that isn't there; the parent has layers 0 to {num_layers - 1}")
-        names = sorted({b.name for i, space in enumerate(spaces) if layer in ("all", i) for b in space.blocks})
+        names = sorted({name for i, name in placed if layer in ("all", i)})
         if not any(fnmatchcase(name, pattern) for name in names):
             raise _wrong(scenario, file, field, f"is {pattern!r}, which matches no block of the search space: {', '.join(names)}")
     for place, least in (("structure", structure.min_different_layers), ("pool", scenario.pool.min_different_layers)):
         if least > num_layers:
             raise _wrong(scenario, file, f"{place}.min_different_layers", f"is {least}; the parent has {num_layers} layers")
+
+
+def check_scores(scenario: Scenario, profile: Profile, *, file: Path | None = None) -> None:
+    """Check that every score that a scenario minimises or bounds is one that the profile's blocks get. Raises ConfigError."""
+    graded = () if profile.task_scores is None else profile.task_scores.tasks
+    objective = scenario.objective
+    for field, names in (("objective.subject_to", objective.subject_to), ("objective.minimize", objective.weights)):
+        unknown = [name for name in names if name not in (*LOSSES, *graded)]
+        if unknown:
+            near = get_close_matches(unknown[0], (*LOSSES, *graded), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            tasks = ", ".join([*graded, unknown[0]])
+            fix = f"{hint}To grade every block on it, write `task_scores: {{tasks: [{tasks}]}}` into conf/profiles/{profile.name}.yaml"
+            raise _wrong(scenario, file, field, f"names {unknown[0]!r}, which profile {profile.name} doesn't score; {fix}")
 
 
 def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> None:
@@ -158,7 +203,7 @@ def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> Non
     Raises:
         ConfigError: the first thing that can't work; the message names file or field, value and fix.
     """
-    spaces = resolve_spaces(profile, shape)
+    placed = list_placed_blocks(profile, shape)
     targets = {name: read_target(conf, name) for name in profile.targets}
     check_lengths(profile, targets, shape)
     for name in profile.scenarios:
@@ -166,4 +211,5 @@ def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> Non
         for asked in (scenario, *read_earlier(conf, scenario).values()):
             file = scenario_file(conf, asked.name)
             check_scenario(asked, targets, file=file)
-            check_structure(asked, spaces, file=file)
+            check_scores(asked, profile, file=file)
+            check_structure(asked, placed, shape.num_hidden_layers, file=file)

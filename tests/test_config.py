@@ -15,6 +15,7 @@ from puzzle_dag import preflight
 from puzzle_dag.architecture import variant_union
 from puzzle_dag.config import (
     ConfigError,
+    Profile,
     SearchSpaceSettings,
     check_name,
     is_foreign,
@@ -284,8 +285,12 @@ def test_earlier_scenarios_are_read_along_and_may_not_go_in_a_circle(conf):
 def test_the_examples_of_the_documentation_are_valid(tmp_path):
     text = (CONF.parent / "docs" / "scenario.md").read_text().partition("## Targets")[0]
     whole, *parts = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    examples = [whole]
-    for part in parts:
+    examples, of_profiles = [whole], [part for part in parts if part.startswith("# conf/profiles/")]
+    for part in of_profiles:
+        profile = yaml.safe_load((CONF / "profiles" / "micro.yaml").read_text())
+        Profile.model_validate({**profile, "name": "mine", **yaml.safe_load(part)})
+    assert len(of_profiles) == 2
+    for part in (part for part in parts if part not in of_profiles):
         options = part.splitlines() if part.startswith("objective") else [part]
         base = {"version": 1, "target": "cpu-prefill", "uptrain": {"tokens": 0}, "constraints": {"latency_s": {"at_most": 1.0}}}
         examples += [yaml.safe_dump({**base, **yaml.safe_load(option)}) for option in options]

@@ -22,9 +22,9 @@ from puzzle_dag.children.fuse import (
     fuse_checkpoint,
     fuse_model,
     list_fused_layers,
-    stack_ffns,
 )
 from puzzle_dag.model.checkpoint import architecture_of, load_checkpoint, save_checkpoint
+from puzzle_dag.model.fused_ffn import stack_ffns
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 
 MakeChild = Callable[..., PuzzleDagForCausalLM]

@@ -17,7 +17,7 @@ from ticking_engine import TickingEngine
 from assets.children import CHECKPOINT
 from assets.definitions import build_definitions
 from assets.online import ALTERNATIVES
-from assets.plan import GROUPS, OPT_IN, make_plan
+from assets.plan import GROUPS, OPT_IN, OPT_IN_SCORES, make_plan
 from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE
 from puzzle_dag.serving import curve, speculate
 from puzzle_dag.serving.load import LoadFailedError, LoadPoint
@@ -156,6 +156,6 @@ def test_what_takes_minutes_is_only_there_where_it_is_asked_for(project: Project
         graph = build_definitions(type(plan)(plan.root, profile, plan.shape, plan.partitions)).resolve_asset_graph()
         return {key.path[-1] for key in graph.get_all_asset_keys()}
 
-    every = {name for group in GROUPS.values() for name in group}
+    every = {name for group in GROUPS.values() for name in group} - set(OPT_IN_SCORES)
     assert names() == every and names(load_curve=None, speculation=None) == every - set(OPT_IN)
     assert names(speculation=None) == every - {"speculation"}

@@ -53,6 +53,15 @@ def test_architecture_map_marks_the_parents_own_variants():
     assert count_colour(kept, "#1a7f37") < 100 < count_colour(changed, "#1a7f37")
 
 
+def test_architecture_map_frames_runs():
+    blocks = ["kv8/w768", "kv8/w1536", "noop/noop", "noop/noop", "noop/noop", "kv8/w768"]
+    bare = pictures.architecture_map(blocks, parent_block="kv8/w768")
+    framed = pictures.architecture_map(blocks, parent_block="kv8/w768", runs=["fuse_1-2", "drop_3-4"])
+    assert count_colour(bare, "#d4670a") == 0 < count_colour(framed, "#d4670a")
+    with pytest.raises(ValueError, match="run 'fuse' not understood"):
+        pictures.architecture_map(blocks, runs=["fuse"])
+
+
 def test_heat_map_shows_worse_blocks_darker():
     even = pictures.score_heat_map([{"kv8/w768": 0.0, "kv4/w768": 1e-3}] * 20, label="x")
     one_bad = pictures.score_heat_map([{"kv8/w768": 0.0, "kv4/w768": 1e-3}] * 19 + [{"kv8/w768": 0.0, "kv4/w768": 1.0}], label="x")

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from puzzle_dag.architecture import Architecture
 from puzzle_dag.model.checkpoint import architecture_of, child_config, save_checkpoint
+from puzzle_dag.model.fused_ffn import stack_ffns
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.model.parent import Parent
-from puzzle_dag.pieces import LayerPieces, Place
+from puzzle_dag.pieces import LayerPieces, Place, piece_name
 from puzzle_dag.store import digest_tensors, fingerprint
 
 VERSION = 1
@@ -24,16 +25,24 @@ class PieceMismatchError(ValueError):
     """A piece whose tensors are not those that the architecture asks for at its place."""
 
 
-def _place_state(parent: Parent, pieces: LayerPieces, layer: int, place: Place, variant_name: str) -> Mapping[str, Tensor]:
+def place_state(parent: Parent, pieces: LayerPieces, layer: int, place: Place, variant_name: str) -> Mapping[str, Tensor]:
+    """Return the tensors of a variant at its place: the parent's own, a library piece, or the parent's FFNs of a fused run.
+
+    Raises:
+        PieceMissingError: the variant was never made.
+    """
     own = (parent.block.attention if place == "attention" else parent.block.ffn).name
-    return parent.layer_state(layer, place) if variant_name == own else pieces.state(place, variant_name)
+    if variant_name == own:
+        return parent.layer_state(layer, place)
+    fused = pieces.fused.get(piece_name(place, variant_name))
+    return pieces.state(place, variant_name) if fused is None else stack_ffns([parent.layer_state(i, "ffn") for i in fused])
 
 
 def build_child(parent: Parent, architecture: Architecture, pieces: Sequence[LayerPieces]) -> PuzzleDagForCausalLM:
     """Return the child of `architecture` in the parent's dtype and on its device, in eval mode.
 
     Args:
-        parent: gives everything outside the layers, and every block that is its own.
+        parent: gives everything outside the layers, every block that is its own, and the FFNs of runs that are fused.
         architecture: one block a layer.
         pieces: one entry a layer, in order.
 
@@ -51,7 +60,7 @@ def build_child(parent: Parent, architecture: Architecture, pieces: Sequence[Lay
     state = {n: t for n, t in parent.model.state_dict().items() if not n.startswith("model.layers.")}
     for layer, block in enumerate(architecture):
         for place, variant in (("attention", block.attention), ("ffn", block.ffn)):
-            for name, tensor in _place_state(parent, pieces[layer], layer, place, variant.name).items():  # type: ignore[arg-type]
+            for name, tensor in place_state(parent, pieces[layer], layer, place, variant.name).items():  # type: ignore[arg-type]
                 state[f"model.layers.{layer}.{name}"] = tensor.to(dtype=dtype, device=parent.model.device)
     try:
         child.load_state_dict(state, strict=True)

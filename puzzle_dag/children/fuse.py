@@ -7,7 +7,7 @@ down columns concatenated. The wide FFN stands in the layer of the run's first F
 layers become no-ops. A fused child is an ordinary checkpoint: an FFN that is wider than the parent's, and skips.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,9 @@ from transformers import AutoTokenizer
 
 from puzzle_dag.architecture import FFN, Architecture, Block
 from puzzle_dag.model.checkpoint import architecture_of, child_config, load_checkpoint, save_checkpoint
+from puzzle_dag.model.fused_ffn import FFN_NORM, stack_ffns
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 
-_NORM = "post_attention_layernorm.weight"
-_STACKED = ("mlp.gate_proj", "mlp.up_proj")
-_DOWN = "mlp.down_proj"
 _NO_FFN = FFN("noop")
 
 
@@ -91,34 +89,8 @@ def fuse_architecture(architecture: Architecture, runs: Sequence[range]) -> Arch
     return tuple(blocks)
 
 
-def stack_ffns(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the tensors of the one FFN that computes the sum of several on the same input, norm included.
-
-    Args:
-        states: each FFN's tensors by layer-relative name: the norm [hidden], gate and up [width, hidden], down
-            [hidden, width], biases where the family has them. Widths may differ.
-
-    Returns:
-        The same names; the norm is all ones. Scales are folded in float32 or wider and rounded once.
-    """
-    fused = {_NORM: torch.ones_like(states[0][_NORM])}
-    for name in _STACKED:
-        folded = []
-        for state in states:
-            weight = state[f"{name}.weight"]
-            exact = torch.promote_types(weight.dtype, torch.float32)
-            folded.append((weight.to(exact) * state[_NORM].to(exact)).to(weight.dtype))
-        fused[f"{name}.weight"] = torch.cat(folded, 0)
-        if f"{name}.bias" in states[0]:
-            fused[f"{name}.bias"] = torch.cat([state[f"{name}.bias"] for state in states])
-    fused[f"{_DOWN}.weight"] = torch.cat([state[f"{_DOWN}.weight"] for state in states], 1)
-    if f"{_DOWN}.bias" in states[0]:
-        fused[f"{_DOWN}.bias"] = torch.stack([state[f"{_DOWN}.bias"] for state in states]).sum(0)
-    return fused
-
-
 def _is_of_ffn(name: str) -> bool:
-    return name == _NORM or name.startswith("mlp.")
+    return name == FFN_NORM or name.startswith("mlp.")
 
 
 @torch.no_grad()

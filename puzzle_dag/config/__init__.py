@@ -21,6 +21,7 @@ from puzzle_dag.config.profile import (
     LibrarySettings,
     ParentSource,
     Profile,
+    TaskScoreSettings,
     TextCorpus,
     TokenBudgets,
     UptrainSettings,
@@ -40,7 +41,7 @@ from puzzle_dag.config.scenario import (
     with_earlier,
 )
 from puzzle_dag.config.shape import Shape, read_shape
-from puzzle_dag.config.space import LayerOverride, SearchSpaceSettings, resolve_space
+from puzzle_dag.config.space import LayerOverride, RunSettings, SearchSpaceSettings, resolve_runs, resolve_space
 from puzzle_dag.config.structure import PoolSettings, StructureSettings
 from puzzle_dag.config.target import Target, read_target
 
@@ -64,6 +65,7 @@ __all__ = [
     "ParentSource",
     "PoolSettings",
     "Profile",
+    "RunSettings",
     "Scenario",
     "SearchSpaceSettings",
     "Settings",
@@ -71,6 +73,7 @@ __all__ = [
     "SpeculationSettings",
     "StructureSettings",
     "Target",
+    "TaskScoreSettings",
     "TextCorpus",
     "TokenBudgets",
     "UptrainBudget",
@@ -88,6 +91,7 @@ __all__ = [
     "read_settings",
     "read_shape",
     "read_target",
+    "resolve_runs",
     "resolve_space",
     "scenario_file",
     "split_earlier",

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from puzzle_dag.config.foreign import ForeignProfile, is_foreign, read_foreign_profile
 from puzzle_dag.config.online import LoadCurveSettings, SpeculationSettings
@@ -91,6 +91,9 @@ class UptrainSettings(Settings):
     """Seed of the order of the rows."""
 
 
+_SCORE_COLUMNS = (
+    "layer", "block", "kl", "lm_loss", "top1_agreement", "top1_loss", "num_tokens", "digest", "run", "num_layers", "blocks", "digests",
+)  # fmt: skip
 BUNDLED_TASK_PREFIXES = ("skill_", "stdlib_")
 """How the names of our own lm-eval tasks begin; every other name is looked up among lm-eval's."""
 
@@ -116,6 +119,36 @@ class AccuracySettings(Settings):
                 ours = [t for t in self.tasks if t.startswith(BUNDLED_TASK_PREFIXES)]
                 raise ValueError(f"task_items names {name!r}, which is no bundled task of this profile; they are {ours}")
         return self
+
+
+class TaskScoreSettings(Settings):
+    """What each block, alone in the parent, is graded on, so that scenarios can minimise what tasks lose."""
+
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """lm-eval tasks with an accuracy; `skill_NAME` and `stdlib_cloze` are the bundled, local ones."""
+    num_items: int = Field(default=32, gt=0)
+    """Items a task: every pair of every layer answers them all."""
+    batch_size: int = Field(default=32, gt=0)
+    """Requests a batch."""
+    num_fewshot: int = Field(default=0, ge=0)
+    """Solved examples before each question (hub tasks)."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of the bundled tasks' items. Another than the profile's: children are graded on that one's items."""
+
+    @field_validator("tasks")
+    @classmethod
+    def _are_scores(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name == "stdlib_perplexity":
+                raise ValueError("stdlib_perplexity is no accuracy; every block has `lm_loss`, so leave it out")
+            if name in _SCORE_COLUMNS:
+                raise ValueError(f"a task can't be called {name!r}, as a column of the score table is")
+        return value
+
+    @property
+    def grading(self) -> AccuracySettings:
+        """The settings of lm-eval."""
+        return AccuracySettings(tasks=self.tasks, num_items=self.num_items, batch_size=self.batch_size, num_fewshot=self.num_fewshot)
 
 
 class TokenBudgets(Settings):
@@ -150,6 +183,8 @@ class Profile(Settings):
     """Training of the children."""
     accuracy: AccuracySettings
     """Grading."""
+    task_scores: TaskScoreSettings | None = None
+    """Grades of each block, alone in the parent, on lm-eval tasks; none unless given."""
     load_curve: LoadCurveSettings | None = None
     """Parent and children behind `vllm serve`, under load; not measured unless given."""
     speculation: SpeculationSettings | None = None
@@ -164,6 +199,12 @@ class Profile(Settings):
     """Compute type of training and scoring."""
     seed: int = Field(default=0, ge=0)
     """Seed of everything that has no seed of its own."""
+
+    @model_validator(mode="after")
+    def _other_items(self) -> "Profile":
+        if self.task_scores is not None and self.task_scores.seed == self.seed:
+            raise ValueError(f"task_scores.seed is {self.seed}, the profile's: blocks would be chosen by the items that grade the children")
+        return self
 
 
 def read_any_profile(conf: Path, name: str) -> Profile | ForeignProfile:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from puzzle_dag.architecture import FFN, Architecture, Attention, Block
+from puzzle_dag.architecture import FFN, NO_BLOCK, Architecture, Attention, Block
 from puzzle_dag.config import Target
 from puzzle_dag.costs.comparison import Comparison, TimedPhase, compare
 from puzzle_dag.costs.measure import measure_models, measure_target
@@ -33,7 +33,12 @@ _DRAWS_PER_MODEL = 200
 
 
 def draw_models(
-    blocks: Sequence[Sequence[Block]], num_models: int, *, known: Collection[Architecture] = (), seed: int = 0
+    blocks: Sequence[Sequence[Block]],
+    num_models: int,
+    *,
+    known: Collection[Architecture] = (),
+    seed: int = 0,
+    own_width: int | None = None,
 ) -> list[Architecture]:
     """Draw different random models that keep attention somewhere and are none of `known`; fewer where the space has no more.
 
@@ -42,6 +47,7 @@ def draw_models(
         num_models: models wanted.
         known: models that are out of the question, such as the probes.
         seed: the same seed and space give the same models.
+        own_width: the parent's FFN width; the layers that a wider FFN was fused of are left out after it, as in a child.
     """
     rng, drawn = random.Random(seed), dict.fromkeys(known)
     num_known = len(drawn)
@@ -49,9 +55,29 @@ def draw_models(
         if len(drawn) == num_known + num_models:
             break
         architecture = tuple(rng.choice(candidates) for candidates in blocks)
+        if own_width is not None:
+            architecture = leave_out_fused(architecture, own_width)
         if any(b.attention.kind == "gqa" for b in architecture):
             drawn.setdefault(architecture)
     return list(drawn)[num_known:]
+
+
+def leave_out_fused(architecture: Architecture, own_width: int) -> Architecture:
+    """Return the architecture without the layers whose FFNs went into a wider one before; what doesn't fit gets the parent's width.
+
+    Args:
+        architecture: any blocks; an FFN of n times `own_width` stands for a run of n layers.
+        own_width: the parent's FFN width.
+    """
+    blocks: list[Block] = []
+    for block in architecture:
+        if len(blocks) == len(architecture):
+            break
+        num_layers = max(1, block.ffn.intermediate_size // own_width)
+        if len(blocks) + num_layers > len(architecture):
+            num_layers, block = 1, Block(block.attention, FFN("swiglu", own_width))
+        blocks += [block, *(NO_BLOCK,) * (num_layers - 1)]
+    return tuple(blocks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +166,7 @@ def measure_and_compare(
     planned = plan_probes(parent_block, attentions, ffns, num_layers=shape.num_hidden_layers, probes_per_variant=target.probes_per_variant)
     probes = [p.architecture for p in planned]
     blocks = [[Block(a, f) for a in attentions for f in ffns]] * shape.num_hidden_layers
-    heldout = draw_models(blocks, target.heldout_models, known=probes)
+    heldout = draw_models(blocks, target.heldout_models, known=probes, own_width=parent_block.ffn.intermediate_size)
     rounds = measure_models(shape, [*probes, *heldout], target, store, remeasure=remeasure, progress=progress)
     # Without a second engine nobody could say how much of an error is noise.
     twice = target.model_copy(update={"engines_per_probe": max(2, target.engines_per_probe)})

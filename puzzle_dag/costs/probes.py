@@ -66,9 +66,11 @@ def _plan_variant(parent: Block, variant: Attention | FFN, num_layers: int, inde
 
     Whatever else runs in a probe adds its noise and tells nothing of the variant. Further probes (index 1, 2, ...) trade
     that for the variant's usual company: a quarter shallower each, they have the parent's partner in every other layer.
-    The first block has real attention, which the engine needs when the variant has none.
+    The first block has real attention, which the engine needs when the variant has none. An FFN that is wider than the
+    parent's, fused of several, makes its probes shallower by as much: none has more channels than other probes.
     """
-    depth = max(2, _depth(num_layers) * (4 - index % 4) // 4)
+    num_fused = -(-variant.intermediate_size // parent.ffn.intermediate_size) if isinstance(variant, FFN) else 1
+    depth = max(2, _depth(num_layers) * (4 - index % 4) // (4 * max(1, num_fused)))
     blocks = [parent]
     for layer in range(1, depth):
         partnered = index > 0 and (layer + index) % 2 == 1

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.patches import Rectangle
 
-from puzzle_dag.architecture import Block
+from puzzle_dag.architecture import Block, Run
 from puzzle_dag.report.canvas import (
     BLUE,
     GREEN,
@@ -64,7 +64,13 @@ def _short(value: float) -> str:
 
 
 def architecture_map(
-    blocks: Sequence[str], *, attentions: Sequence[str] = (), ffns: Sequence[str] = (), parent_block: str = "", title: str = ""
+    blocks: Sequence[str],
+    *,
+    attentions: Sequence[str] = (),
+    ffns: Sequence[str] = (),
+    parent_block: str = "",
+    runs: Sequence[str] = (),
+    title: str = "",
 ) -> bytes:
     """Draw which variant every layer of a model took: a column a layer, a row a variant, attention above the FFN.
 
@@ -73,6 +79,7 @@ def architecture_map(
         attentions: names of the attention variants that might have been taken; those in `blocks` are added.
         ffns: the same for the FFN.
         parent_block: the parent's own block; its variants are marked by their colour.
+        runs: names of the runs of layers that were replaced at once ("fuse_3-5"); each is framed and named.
         title: written above.
     """
     parsed = [Block.parse(name) for name in blocks]
@@ -91,6 +98,10 @@ def architecture_map(
         ffn_colour = INK if parent and block.ffn == parent.ffn else GREEN
         for row, colour in ((attention_row, attention_colour), (ffn_row, ffn_colour)):
             ax.add_patch(Rectangle((layer - 0.46, row - 0.42), 0.92, 0.84, color=colour, linewidth=0))
+    for run in map(Run.parse, runs):
+        ax.add_patch(Rectangle((run.first - 0.5, -0.5), len(run.layers), len(labels), fill=False, edgecolor=ORANGE, linewidth=1.4))
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        ax.text((run.first + run.last) / 2, len(rows_attention), run.kind, ha="center", va="center", fontsize=7, color=ORANGE, bbox=box)
     ax.set_xlim(-0.6, len(blocks) - 0.4)
     ax.set_ylim(len(labels) - 0.4, -0.6)
     named = {i: f"{label} (parent)" if i in own else label for i, label in enumerate(labels) if label}

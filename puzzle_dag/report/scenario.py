@@ -80,6 +80,8 @@ class ScenarioFacts:
     """Status, objective, bound, gap, seconds, batch size, by name."""
     blocks: Sequence[str] = ()
     """Block of each layer."""
+    runs: Sequence[str] = ()
+    """Names of the runs of layers that were replaced at once."""
     parent_block: str = ""
     """The parent's block."""
     attentions: Sequence[str] = ()
@@ -120,7 +122,9 @@ def _asked(facts: ScenarioFacts) -> Section:
 def _architecture(facts: ScenarioFacts) -> Section:
     if not facts.blocks:
         return Section("The child")
-    png = architecture_map(facts.blocks, attentions=facts.attentions, ffns=facts.ffns, parent_block=facts.parent_block)
+    png = architecture_map(
+        facts.blocks, attentions=facts.attentions, ffns=facts.ffns, parent_block=facts.parent_block, runs=facts.runs
+    )
     return Section("The child", pictures=[Picture(png, "which attention and which FFN every layer took")])
 
 

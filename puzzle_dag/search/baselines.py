@@ -1,7 +1,8 @@
 """Other ways to pick an architecture from the same library under the same constraints, to hold the search against.
 
 As in Puzzle's ablations (arXiv 2411.19146, appendix F.2): a budget-constrained greedy choice (F.2.2), the
-architecture with the most parameters (F.2.3), and random blocks of the library (F.2.4).
+architecture with the most parameters (F.2.3), and random blocks of the library (F.2.4). They choose among single
+layers' blocks, so scores of runs are passed over.
 """
 
 import time
@@ -13,7 +14,7 @@ import numpy as np
 from puzzle_dag.architecture import Block
 from puzzle_dag.config import Scenario
 from puzzle_dag.piece_costs import PieceCosts
-from puzzle_dag.search.candidates import AnyLimit, Candidates, ScoreTable
+from puzzle_dag.search.candidates import AnyLimit, Candidates, ScoreTable, block_names
 from puzzle_dag.search.limits import ScenarioError, make_measure, target_costs
 from puzzle_dag.search.problem import Problem, explain_problem
 from puzzle_dag.search.program import Floats, Outcome, minimise
@@ -110,7 +111,8 @@ def _best_of_batches(
 ) -> Solution:
     """Pick at every batch size; keep the one with the least summed score, or what the picking itself minimised."""
     start = time.monotonic()
-    problem = Problem.of(scenario, prepare(scores, costs, scenario, parent_block), costs)
+    single = [[score for score in layer if len(block_names(score)) == 1] for layer in scores]
+    problem = Problem.of(scenario, prepare(single, costs, scenario, parent_block), costs)
     candidates, values = problem.candidates, problem.candidates.costs(scenario.objective)
     picked = [pick(candidates, problem.limits(point), values) for point in problem.points]
     found = [i for i, outcome in enumerate(picked) if outcome.chosen]

@@ -1,6 +1,6 @@
-"""The candidates of a search: every scored block of every layer, and the integer program over them."""
+"""The candidates of a search: every scored block of every layer and every scored run of layers, and the program over them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fractions import Fraction
@@ -18,28 +18,29 @@ if TYPE_CHECKING:  # they bring tensors along, which a search doesn't need
     from puzzle_dag.search.score import BlockScore
 
 ScoreTable = Sequence[Sequence["BlockScore"]]
-"""Scores of each layer's blocks, layer by layer; `task_scores.GradedBlockScore` among them bring lm-eval tasks along."""
+"""Scores of each layer's blocks, layer by layer. `task_scores.GradedBlockScore` among them bring lm-eval tasks along;
+`run_score.RunScore` stand for the runs that begin at the layer."""
 AnyLimit = Limit | SumLimit
 """A bound of a cost, or of a summed score."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """Scored blocks, flat over the layers, in the order of the program's items.
+    """Scored blocks and runs, flat over the layers, in the order of the program's items.
 
-    `different_from` holds architectures and the number of layers that an answer must differ from each in;
-    `max_distinct` is how many different blocks it may have. `attention_pieces` and `ffn_pieces` say, for each
-    candidate, which of `pieces` it is made of. `known_sums` keeps what `amounts` has worked out, for the bounds of a
-    sweep differ while the sums stay.
+    `blocks` are those that a candidate puts into its layers, one for most, several for a run. `different_from` holds
+    architectures and the number of layers that an answer must differ from each in; `max_distinct` is how many different
+    blocks it may have. Candidate i is made of the `pieces` that `pieces_of[first_piece[i]:first_piece[i + 1]]` says. `known_sums`
+    keeps what `amounts` has worked out, for the bounds of a sweep differ while the sums stay.
     """
 
     scores: "tuple[BlockScore, ...]"
-    blocks: tuple[Block, ...]
+    blocks: tuple[Architecture, ...]
     items: tuple[Item, ...]
     parent: Architecture
     pieces: "tuple[tuple[int, Place, str], ...]"
-    attention_pieces: Indices
-    ffn_pieces: Indices
+    pieces_of: Indices
+    first_piece: Indices
     parent_scores: "tuple[BlockScore, ...]"
     different_from: tuple[tuple[Architecture, int], ...] = ()
     max_distinct: int | None = None
@@ -52,32 +53,34 @@ class Candidates:
             if parent_block.name not in {s.block for s in scores} or any(s.layer != layer for s in scores):
                 raise ScenarioError(f"scores of layer {layer} are incomplete: the parent's block {parent_block.name} must be among them")
         flat = tuple(score for scores in table for score in scores)
-        parsed = {name: Block.parse(name) for name in {s.block for s in flat}}
-        blocks = tuple(parsed[s.block] for s in flat)
-        attentions: list[tuple[int, Place, str]] = [(s.layer, "attention", b.attention.name) for s, b in zip(flat, blocks, strict=True)]
-        ffns: list[tuple[int, Place, str]] = [(s.layer, "ffn", b.ffn.name) for s, b in zip(flat, blocks, strict=True)]
-        index = {piece: i for i, piece in enumerate(dict.fromkeys((*attentions, *ffns)))}
+        names = [block_names(s) for s in flat]
+        parsed = {name: Block.parse(name) for name in {name for several in names for name in several}}
+        blocks = tuple(tuple(parsed[name] for name in several) for several in names)
+        made_of = [list(_pieces(s.layer, own)) for s, own in zip(flat, blocks, strict=True)]
+        index = {piece: i for i, piece in enumerate(dict.fromkeys(piece for several in made_of for piece in several))}
         return Candidates(
             flat,
             blocks,
-            tuple(Item(s.block, (s.layer,)) for s in flat),
+            tuple(_item(s.layer, several) for s, several in zip(flat, names, strict=True)),
             (parent_block,) * len(table),
             tuple(index),
-            np.array([index[p] for p in attentions]),
-            np.array([index[p] for p in ffns]),
+            np.array([index[piece] for several in made_of for piece in several]),
+            _starts(made_of),
             tuple(next(s for s in scores if s.block == parent_block.name) for scores in table),
         )
 
     def restricted(self, kept: Sequence[int], *, max_distinct: int | None) -> "Candidates":
         """Return only the given candidates, of which an answer may have `max_distinct` different blocks."""
         indices = list(kept)
+        bounds = [*self.first_piece.tolist(), len(self.pieces_of)]
+        made_of = [self.pieces_of[bounds[i] : bounds[i + 1]] for i in indices]
         return replace(
             self,
             scores=tuple(self.scores[i] for i in indices),
             blocks=tuple(self.blocks[i] for i in indices),
             items=tuple(self.items[i] for i in indices),
-            attention_pieces=self.attention_pieces[indices],
-            ffn_pieces=self.ffn_pieces[indices],
+            pieces_of=np.concatenate(made_of),
+            first_piece=_starts(made_of),
             max_distinct=max_distinct,
             known_sums={},
         )
@@ -85,6 +88,11 @@ class Candidates:
     def differing(self, architecture: Architecture, num_layers: int) -> "Candidates":
         """Return the same candidates, with an answer that must differ from `architecture` in `num_layers` or more."""
         return replace(self, different_from=(*self.different_from, (architecture, num_layers)))
+
+    def placed_names(self) -> Iterator[tuple[int, str]]:
+        """Yield layer and block for each layer of each candidate."""
+        for item, own in zip(self.items, self.blocks, strict=True):
+            yield from ((layer, block.name) for layer, block in zip(item.layers, own, strict=True))
 
     @property
     def num_layers(self) -> int:
@@ -135,11 +143,11 @@ class Candidates:
     def amounts(self, measure: Measure) -> Floats:
         """Return what each candidate adds to the sum behind a measure, as floats."""
         if measure.name == "num_attention_layers":
-            return np.array([float(block.attention.kind == "gqa") for block in self.blocks])
+            return np.array([float(sum(block.attention.kind == "gqa" for block in own)) for own in self.blocks])
         key = (measure.name, measure.costs.target, measure.costs.digest, measure.batch, measure.length)
         if key not in self.known_sums:
             amounts = np.array([float(measure.amount(measure.costs.of_piece(*piece))) for piece in self.pieces])
-            self.known_sums[key] = amounts[self.attention_pieces] + amounts[self.ffn_pieces]
+            self.known_sums[key] = np.add.reduceat(amounts[self.pieces_of], self.first_piece)
         return self.known_sums[key]
 
     def row(self, limit: AnyLimit) -> Row:
@@ -157,14 +165,17 @@ class Candidates:
         """Return the program that these limits and the structure make."""
         rows = [self.row(limit) for limit in limits]
         for architecture, least in self.different_from:
-            same = [float(b == architecture[s.layer]) for s, b in zip(self.scores, self.blocks, strict=True)]
+            same = [
+                float(sum(b == architecture[i] for i, b in zip(item.layers, own, strict=True)))
+                for item, own in zip(self.items, self.blocks, strict=True)
+            ]
             rows.append(Row("difference", np.array(same), upper=self.num_layers - least))
         return Program(self.num_layers, self.items, tuple(rows), self.max_distinct)
 
     def architecture(self, chosen: Sequence[int]) -> Architecture:
         """Return the architecture of chosen items."""
-        assert [self.scores[i].layer for i in chosen] == list(range(self.num_layers))
-        return tuple(self.blocks[i] for i in chosen)
+        assert [layer for i in chosen for layer in self.items[i].layers] == list(range(self.num_layers))
+        return tuple(block for i in chosen for block in self.blocks[i])
 
     def meets(self, limits: Sequence[AnyLimit]) -> Callable[[tuple[int, ...]], bool]:
         """Return the check that a choice meets the limits, in exact arithmetic, and the structure."""
@@ -183,6 +194,34 @@ class Candidates:
     def exact_sum(self, costs: Floats, chosen: Sequence[int]) -> float:
         """Return the exact sum of chosen costs, rounded once."""
         return float(_exact(costs, chosen))
+
+
+def block_names(score: "BlockScore") -> tuple[str, ...]:
+    """Return the block that a score's replacement puts into each of its layers: its own, or a run's several (a RunScore)."""
+    several: tuple[str, ...] = getattr(score, "blocks", ())
+    return several or (score.block,)
+
+
+def placed_digests(score: "BlockScore") -> Iterator[tuple[int, str, str]]:
+    """Yield layer, block and digest of the pieces for each layer that a score's replacement covers."""
+    digests: tuple[str, ...] = getattr(score, "digests", ()) or (score.digest,)
+    for offset, (name, digest) in enumerate(zip(block_names(score), digests, strict=True)):
+        yield score.layer + offset, name, digest
+
+
+def _pieces(layer: int, blocks: Architecture) -> "Iterator[tuple[int, Place, str]]":
+    for index, block in enumerate(blocks, start=layer):
+        yield index, "attention", block.attention.name
+        yield index, "ffn", block.ffn.name
+
+
+def _item(layer: int, names: tuple[str, ...]) -> Item:
+    first, *others = dict.fromkeys(names)
+    return Item(first, tuple(range(layer, layer + len(names))), tuple(others))
+
+
+def _starts(made_of: "Sequence[Sequence[object]] | Sequence[Indices]") -> Indices:
+    return np.cumsum([0, *(len(several) for several in made_of)])[:-1]
 
 
 def _exact(costs: Floats, chosen: Sequence[int]) -> Fraction:

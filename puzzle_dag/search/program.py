@@ -30,10 +30,19 @@ class SolverError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A choice: what it is called and the layers that it covers (several for a replacement of a run of layers)."""
+    """A choice: what it is called and the layers that it covers (several for a replacement of a run of layers).
+
+    `more_names` are further names that it brings along where names are counted: a run may put several blocks into its layers.
+    """
 
     name: str
     layers: tuple[int, ...]
+    more_names: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that it brings along."""
+        return (self.name, *self.more_names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +130,7 @@ class _Matrix:
 
     @staticmethod
     def of(program: Program) -> "_Matrix":
-        names = sorted({item.name for item in program.items}) if program.max_distinct is not None else []
+        names = sorted({name for item in program.items for name in item.names}) if program.max_distinct is not None else []
         return _Matrix(program, [_scaled(row) for row in program.rows], names)
 
     def model(self, kept: Indices, costs: Floats, *, integer: bool) -> highspy.HighsLp:
@@ -137,22 +146,23 @@ class _Matrix:
             lower.append(low if np.isfinite(low) else -infinity)
             upper.append(high if np.isfinite(high) else infinity)
         if self.names:
-            table += self._name_rows(kept, len(lower))
-            lower += [-infinity] * (len(kept) + 1)
-            upper += [0.0] * len(kept) + [float(program.max_distinct or 0)]
+            named = self._name_rows(kept, len(lower))
+            table += named
+            lower += [-infinity] * (len(named[0]) + 1)
+            upper += [0.0] * len(named[0]) + [float(program.max_distinct or 0)]
         all_costs = np.r_[costs[kept], np.zeros(len(self.names))]
         return self._assemble(np.concatenate(table), np.array(lower), np.array(upper), all_costs, integer)
 
     def _name_rows(self, kept: Indices, first_row: int) -> list[Floats]:
-        """Return the rows x <= used[name], one an item, and the row that counts the used names."""
+        """Return the rows x <= used[name], one a name of an item, and the row that counts the used names."""
         column_of = {name: len(kept) + i for i, name in enumerate(self.names)}
-        named = np.array([column_of[self.program.items[i].name] for i in kept])
-        rows = first_row + np.arange(len(kept))
+        named = np.array([(k, column_of[name]) for k, i in enumerate(kept) for name in self.program.items[i].names])
+        rows = first_row + np.arange(len(named))
         counted = np.array(list(column_of.values()))
         return [
-            np.column_stack([np.arange(len(kept)), rows, np.ones(len(kept))]),
-            np.column_stack([named, rows, -np.ones(len(kept))]),
-            np.column_stack([counted, np.full(len(counted), first_row + len(kept)), np.ones(len(counted))]),
+            np.column_stack([named[:, 0], rows, np.ones(len(named))]),
+            np.column_stack([named[:, 1], rows, -np.ones(len(named))]),
+            np.column_stack([counted, np.full(len(counted), first_row + len(named)), np.ones(len(counted))]),
         ]
 
     @staticmethod

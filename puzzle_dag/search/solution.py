@@ -9,12 +9,17 @@ from puzzle_dag.architecture import Architecture, Block
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One layer's chosen block: its name, its score, and the digest of its two pieces."""
+    """One layer's chosen block: its name, its score, and the digest of its two pieces.
+
+    `run` names the run of layers that was replaced at once, where the layer is in one; its score stands with its first layer,
+    and the others have 0, so that scores still add up to the objective.
+    """
 
     layer: int
     block: str
     score: float
     digest: str
+    run: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +160,11 @@ class Solution:
     def architecture(self) -> Architecture:
         """The chosen block of every layer."""
         return tuple(Block.parse(choice.block) for choice in self.choices)
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """Names of the runs that were replaced at once, in order."""
+        return tuple(dict.fromkeys(choice.run for choice in self.choices if choice.run))
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON types; `from_json` reads them back."""

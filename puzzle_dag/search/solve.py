@@ -6,13 +6,13 @@ Or, where the scenario's objective is a quantity, the one with the best value of
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from puzzle_dag.architecture import Architecture, Block
 from puzzle_dag.config import Scenario
 from puzzle_dag.piece_costs import PieceCosts
-from puzzle_dag.search.candidates import Candidates, ScoreTable
+from puzzle_dag.search.candidates import Candidates, ScoreTable, placed_digests
 from puzzle_dag.search.infeasible import InfeasibleScenarioError
 from puzzle_dag.search.limits import Limit, ScenarioError, all_measures, make_measure
 from puzzle_dag.search.points import Point
@@ -21,6 +21,9 @@ from puzzle_dag.search.program import GAP, Outcome
 from puzzle_dag.search.solution import BatchOutcome, BudgetReport, Choice, LimitReport, Solution
 from puzzle_dag.search.structure import Structure
 from puzzle_dag.store import fingerprint
+
+if TYPE_CHECKING:
+    from puzzle_dag.search.score import BlockScore
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +52,13 @@ def report_limit(limit: Limit, architecture: Architecture, parent: Architecture)
         value=measure.of(architecture),
         parent_value=measure.of(parent),
     )
+
+
+def _choices(score: "BlockScore", value: float) -> Iterator[Choice]:
+    """Yield the choice of each layer that a replacement covers."""
+    placed = list(placed_digests(score))
+    for layer, block, digest in placed:
+        yield Choice(layer, block, value if layer == score.layer else 0.0, digest, score.block if len(placed) > 1 else "")
 
 
 def _batch_outcome(problem: Problem, point: Point, outcome: Outcome) -> BatchOutcome:
@@ -80,7 +90,7 @@ def build_solution(
     scenario, candidates, point = problem.scenario, problem.candidates, problem.points[kept]
     outcome, objective = outcomes[kept], scenario.objective
     architecture, scores = candidates.architecture(outcome.chosen), candidates.costs(objective)
-    choices = tuple(Choice(s.layer, s.block, float(scores[i]), s.digest) for i, s in ((i, candidates.scores[i]) for i in outcome.chosen))
+    choices = tuple(choice for i in outcome.chosen for choice in _choices(candidates.scores[i], float(scores[i])))
     best = max(make_measure("throughput_tokens_per_s", problem.costs, b).of(candidates.parent) for b in problem.costs.batch_sizes)
     status, bound, gap = _proof(problem, outcomes, kept)
     if objective.quantity is not None:

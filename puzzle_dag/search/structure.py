@@ -49,7 +49,7 @@ class Structure:
             raise ScenarioError(f"structure.min_different_layers is {settings.min_different_layers}; the parent has {num_layers} layers")
         forbidden = {None if layer == "all" else layer: patterns for layer, patterns in settings.forbidden.items()}
         for layer, patterns in forbidden.items():
-            names = sorted({s.block for s in candidates.scores if layer in (None, s.layer)})
+            names = sorted({name for i, name in candidates.placed_names() if layer in (None, i)})
             for pattern in patterns:
                 if names and not any(fnmatchcase(name, pattern) for name in names):
                     where = "all" if layer is None else layer
@@ -76,10 +76,14 @@ class Structure:
                 raise ScenarioError(f"structure: layer {layer} isn't there; the parent has layers 0 to {candidates.num_layers - 1}")
         if self.max_distinct is not None and self.max_distinct < 1:
             raise ScenarioError(f"structure: max_distinct is {self.max_distinct}; a model has one block or more, so give 1 or more")
-        kept = [i for i, s in enumerate(candidates.scores) if self.allows(s.layer, s.block)]
-        bare = sorted(set(range(candidates.num_layers)) - {candidates.scores[i].layer for i in kept})
+        kept = [
+            i
+            for i, (item, blocks) in enumerate(zip(candidates.items, candidates.blocks, strict=True))
+            if all(self.allows(layer, block.name) for layer, block in zip(item.layers, blocks, strict=True))
+        ]
+        bare = sorted(set(range(candidates.num_layers)) - {layer for i in kept for layer in candidates.items[i].layers})
         if bare:
-            names = ", ".join(s.block for s in candidates.scores if s.layer == bare[0])
+            names = ", ".join(dict.fromkeys(name for layer, name in candidates.placed_names() if layer == bare[0]))
             raise ScenarioError(f"structure: no block is left for layer {bare[0]}; it has {names}: loosen `fixed` or `forbidden`")
         restricted = candidates.restricted(kept, max_distinct=1 if self.homogeneous else self.max_distinct)
         for architecture in self.different_from:

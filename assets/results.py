@@ -34,7 +34,7 @@ def _frontier_asset(plan: Plan) -> dg.AssetsDefinition:
     @dg.asset(
         **plan.options(
             "frontier",
-            deps=["accuracy", "serving", *plan.opted_in],
+            deps=["predicted_frontier", "accuracy", "serving", *plan.opted_in],
             kinds=("parquet",),
             description="All scenarios side by side: asked for, predicted, measured, graded; a page for each, and one for all.",
         )
@@ -69,7 +69,7 @@ def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
     @dg.asset(
         **plan.options(
             "tables",
-            deps=["score_table", "cost_table", "frontier", *plan.opted_in],
+            deps=["score_table", "cost_table", "predicted_frontier", "frontier", *plan.opted_in],
             stages=[],
             kinds=("duckdb",),
             description="All rows in one DuckDB file, built under another name and renamed; the Parquet files are the truth.",
@@ -81,7 +81,7 @@ def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
         time, wanted = Stopwatch(), _partition_names(plan)
         partitioned = (*_TABLES, *plan.opted_in)
         sources = {name: [p for p in sorted((workspace.tables / name).glob("*.parquet")) if p.stem in wanted] for name in partitioned}
-        singles = ("score_table", "frontier", "parent_accuracy")
+        singles = ("score_table", "predicted_frontier", "frontier", "parent_accuracy")
         sources |= {name: [workspace.tables / f"{name}.parquet"] for name in singles if (workspace.tables / f"{name}.parquet").exists()}
         num_rows = build_tables(sources, workspace.database)
         return materialised(

@@ -24,7 +24,7 @@ GROUPS = {
     "3_library": ("block_library",),
     "4_scores": ("block_scores", "run_scores", "task_scores", "layer_group", "score_table"),
     "5_costs": ("block_costs", "cost_table"),
-    "6_search": ("solution",),
+    "6_search": ("solution", "predicted_frontier"),
     "7_children": ("child", "uptrained_child", "accuracy", "serving", "load_curve", "speculation"),
     "8_results": ("frontier", "tables"),
 }
@@ -48,6 +48,8 @@ class Naming:
     __slots__ = ()
     groups: ClassVar[Mapping[str, tuple[str, ...]]]
     """Group -> its assets, in the order of the data flow."""
+    root: Path
+    """The project's root."""
     profile: Any
     """Settings of the profile; only its name is used here."""
 

@@ -8,13 +8,23 @@ from typing import Any
 from assets.children import loss_lines
 from assets.costs import parent_block, read_cost_table
 from assets.facts import frontier_points, ratio_points, read_chain, result_row
+from assets.online import ALTERNATIVES
 from assets.plan import GROUPS, Plan
+from assets.predicted import predicted_pictures
 from puzzle_dag.config import Scenario
 from puzzle_dag.costs.comparison import Comparison
 from puzzle_dag.report.costs import cost_panels, residual_plot
 from puzzle_dag.report.html import Picture, Table
 from puzzle_dag.report.pictures import frontier, score_heat_map
-from puzzle_dag.report.scenario import ConstraintFact, ScenarioFacts, ServedFact, TaskFact, render_overview, render_scenario
+from puzzle_dag.report.scenario import (
+    ConstraintFact,
+    LoosenedFact,
+    ScenarioFacts,
+    ServedFact,
+    TaskFact,
+    render_overview,
+    render_scenario,
+)
 from puzzle_dag.report.tables import format_percent, format_quantity
 from puzzle_dag.store import fingerprint, write_atomically
 from resources.rows import read_rows
@@ -88,6 +98,20 @@ def _tasks(accuracy: Mapping[str, Any]) -> list[TaskFact]:
     ]
 
 
+def _loosened(solution: Mapping[str, Any]) -> list[LoosenedFact]:
+    shared = ("side", "bound", "change", "value", "gain", "is_binding")
+    return [LoosenedFact(name=x["constraint"], **{k: x[k] for k in shared}) for x in solution.get("loosened", ())]
+
+
+def _speculation(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page tells of a child as a draft model."""
+    return {
+        "batches": report["batches"],
+        "drafted_at_a_time": report["num_draft_tokens"],
+        "unsupported": f"{report['unsupported']} {ALTERNATIVES}." if report["unsupported"] else "",
+    }
+
+
 def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts | None:
     """Return all that is known of a scenario; None where it has no solution."""
     # What is left of former times (the grades of a child that has been replaced) is not reported.
@@ -104,6 +128,8 @@ def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts
         target=solution["target"],
         description=spec.get("description", ""),
         constraints=_constraints(solution, workspace.scenario_of(dict(spec))),
+        optimised=str(solution["notes"].get("optimised", solution["minimized"])),
+        loosened=_loosened(solution),
         # An optimised quantity's bound and gap are in the notes.
         solver={
             **{k: solution[k] for k in ("status", "objective", "bound", "gap", "batch", "seconds")},
@@ -120,6 +146,9 @@ def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts
         tasks=_tasks(chain.accuracy or {}),
         uptrain_curves=loss_lines(healed["curve"]) if healed else {},
         retention_floor=spec.get("retention_floor"),
+        load=chain.load_curve["curve"]["levels"] if chain.load_curve else (),
+        output_length=target.output_length,
+        speculation=_speculation(chain.speculation["report"]) if chain.speculation else {},
     )
 
 
@@ -234,7 +263,8 @@ def write_reports(
     folder = workspace.var / "reports"
     index, results, stages = folder / "index.html", results_table(workspace, facts), stage_seconds(workspace)
     records = [workspace.shelf.find(name) for name in ("score_table", "cost_table")]
-    content = [repr(facts), repr(results), stages, footer, [r.data_version for r in records if r]]
+    foreseen = workspace.shelf.find("predicted_frontier")
+    content = [repr(facts), repr(results), stages, footer, [r.data_version for r in (*records, foreseen) if r]]
     stamp, pages = folder / "stamp", [index, *(folder / f"{f.name}.html" for f in facts)]
     if all(p.exists() for p in (*pages, stamp)) and stamp.read_text() == fingerprint(content):
         return index
@@ -247,6 +277,9 @@ def write_reports(
         results=results,
         stages=stages,
         frontiers=against,
+        predicted=[
+            Picture(png, name.replace("_", " ")) for name, png in predicted_pictures(foreseen.value["rows"] if foreseen else ()).items()
+        ],
         machine=machine,
         pictures=_pictures(workspace) if all(records) else (),
         pages=[(f.name, f"{f.name}.html") for f in facts],

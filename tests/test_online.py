@@ -3,6 +3,7 @@
 Real assets, a real Dagster instance, DuckDB; only engines and servers are arithmetic, which have tests of their own.
 """
 
+import html
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,7 +101,7 @@ def rows(project: Project, query: str) -> list[Any]:
 
 
 def read_page(project: Project) -> str:
-    return (project.workspace.var / "reports" / f"{SCENARIO}.html").read_text()
+    return html.unescape((project.workspace.var / "reports" / f"{SCENARIO}.html").read_text())
 
 
 def test_an_interrupted_curve_goes_on_and_reaches_the_tables(project: Project, online: Online) -> None:

@@ -256,18 +256,19 @@ def test_auto_mode_runs_wave_by_wave_what_a_refresh_would(project: Project, monk
 
 def test_auto_mode_judges_alone_what_has_no_verdict_of_today(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     file = project.root / "conf" / "scenarios" / "micro-light.yaml"
-    text, retention = file.read_text(), "accuracy[micro-light]: retention"
+    text, judged = file.read_text(), {"accuracy[micro-light]: retention", "serving[micro-light]: as_asked"}
     with project.instance() as instance:
         daemon = Daemon(project, instance)
         assert daemon.tick() == set()
         # A floor makes no asset stale but its file's; the check that goes by it is judged anew, once.
         project.edit(file, retention_floor=0.02)
-        waves = [daemon.tick() for _ in range(4)]
-        assert waves[0] == {"scenario_spec[micro-light]"} and retention in waves[1] and waves[2:] == [set(), set()], waves
-        assert not any("[" in w and ":" not in w for wave in waves[1:] for w in wave), waves
+        waves = [daemon.tick() for _ in range(5)]
+        solved = {"solution[micro-light]", "solution[micro-light]: feasible"}
+        assert waves[:2] == [{"scenario_spec[micro-light]"}, solved] and waves[4] == set(), waves
+        assert {w for wave in waves[2:] for w in wave} - GATHERED == judged, waves
         file.write_text(text)
-        while daemon.tick():
-            pass
+        for _ in range(5):
+            daemon.tick()
         # An asset that was made again without its check, as by hand in the UI: what follows waits for the verdict.
         job = build_definitions(make_plan(project.root, "micro")).resolve_implicit_global_asset_job_def()
         key = dg.AssetKey(["micro", "solution"])

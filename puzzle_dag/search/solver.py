@@ -132,7 +132,7 @@ class Solver:
         relaxed = self._relax(program, deadline_s)
         if relaxed.status != "optimal":
             return relaxed
-        if relaxed.bound > worse_than:
+        if relaxed.bound - _TOLERANCE * self._scale > worse_than:  # by more than rounding, or a tie would pass for worse
             return Outcome("worse", bound=relaxed.bound)
         assert self._relaxation is not None
         kept, matrix, base = self._kept, self._matrix, self._base

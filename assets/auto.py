@@ -1,12 +1,12 @@
-"""Auto mode: an automation condition on every asset, for those who leave Dagster's daemon running and its sensor switched on.
+"""Auto mode: an automation condition on every asset and check, for those who leave Dagster's daemon running and its sensor switched on.
 
 Dagster's own conditions see neither edited files nor deleted artifacts, and not whether something further up is stale.
-So the one used here asks the refresh: true is what a refresh would run next, with nothing before it left to run. Each
+So those used here ask the refresh: true is what a refresh would run next, with nothing before it left to run. Each
 tick asks for one wave; an item that failed is asked for again only after something changed that it is made from.
 """
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,32 +30,69 @@ class NextToRun(dg.AutomationCondition):  # type: ignore[type-arg]
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:
         """Return the partitions that a refresh would run next. Raises ConfigError: the tick fails and says what to put right."""
-        ready = _ready(context.asset_graph_view, self._root, self._profile).get(context.key.path[-1], frozenset())
-        if context.partitions_def is None:
-            return dg.AutomationResult(context, context.candidate_subset if None in ready else context.get_empty_subset())
-        known = context.candidate_subset.expensively_compute_partition_keys()
-        keys = {key for key in ready if key in known}
-        return dg.AutomationResult(
-            context, context.asset_graph_view.get_subset_from_partition_keys(context.key, context.partitions_def, keys)
-        )
+        ready = _ready(context.asset_graph_view, self._root, self._profile).get((context.key.path[-1], None), frozenset())
+        return _result(context, ready)
+
+
+class NextToCheck(dg.AutomationCondition):  # type: ignore[type-arg]
+    """True for each partition whose asset this tick asks for, else for each that is up to date and not yet judged as it is.
+
+    A check that has a condition of its own no longer runs along with its asset by itself, so it is asked for with it.
+    Dagster then has it run for the asset's partitions alone; the others come with the next tick.
+    """
+
+    def __init__(self, root: Path, profile: str) -> None:
+        """Ask about the checks of one profile."""
+        self._root, self._profile = root, profile
+
+    @property
+    def description(self) -> str:
+        """Return what the UI shows."""
+        return "its asset is asked for, or is up to date and its verdict older than what it goes by"
+
+    def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:
+        """Return the partitions to judge. Raises ConfigError: the tick fails and says what to put right."""
+        key = context.key
+        asked = context.request_subsets_by_key.get(key.asset_key)
+        if asked is not None and not asked.is_empty:
+            return _result(context, asked.expensively_compute_partition_keys() if asked.is_partitioned else {None})
+        return _result(context, _ready(context.asset_graph_view, self._root, self._profile).get((key.asset_key.path[-1], key.name), ()))
+
+
+def _result(context: dg.AutomationContext, ready: Collection[str | None]) -> dg.AutomationResult:
+    """Return the result of a condition that is true for these partitions, as far as they are there; None is the whole of an asset."""
+    partitions = context.asset_graph.get(context.key).partitions_def
+    if partitions is None:
+        return dg.AutomationResult(context, context.candidate_subset if None in ready else context.get_empty_subset())
+    known = context.candidate_subset.expensively_compute_partition_keys()
+    keys = {key for key in ready if key in known}
+    return dg.AutomationResult(context, context.asset_graph_view.get_subset_from_partition_keys(context.key, partitions, keys))
 
 
 @lru_cache(maxsize=1)
-def _ready(view: Any, root: Path, profile: str) -> Mapping[str, frozenset[str | None]]:
-    """Return asset -> partitions that are next to run; computed once a tick, of which each has a view of its own."""
+def _ready(view: Any, root: Path, profile: str) -> Mapping[tuple[str, str | None], frozenset[str | None]]:
+    """Return (asset, check or None) -> partitions that are next; computed once a tick, of which each has a view of its own."""
     from assets.refresh import refresh
 
-    ready: dict[str, set[str | None]] = {}
-    for outcome in refresh(root, profile, view.instance, dry=True).of("stale"):
+    ready: dict[tuple[str, str | None], set[str | None]] = {}
+    record = refresh(root, profile, view.instance, dry=True)
+    for outcome in (*record.of("stale"), *record.of("unchecked")):
         if not outcome.waits_for:
-            ready.setdefault(outcome.item.asset, set()).add(outcome.item.partition)
-    return {asset: frozenset(partitions) for asset, partitions in ready.items()}
+            for check in outcome.checks or (None,):
+                ready.setdefault((outcome.item.asset, check), set()).add(outcome.item.partition)
+    return {key: frozenset(partitions) for key, partitions in ready.items()}
 
 
 def automation_condition(root: Path, profile: str) -> dg.AutomationCondition:  # type: ignore[type-arg]
     """Return the condition that all assets of a profile carry; nothing evaluates it until `auto_sensor` is switched on."""
     newly = NextToRun(root, profile).newly_true().with_label("newly the next to run")
     return (newly & ~dg.AutomationCondition.in_progress()).with_label("stale, and its turn")
+
+
+def check_condition(root: Path, profile: str) -> dg.AutomationCondition:  # type: ignore[type-arg]
+    """Return the condition that all checks of a profile carry."""
+    newly = NextToCheck(root, profile).newly_true().with_label("newly the next to judge")
+    return (newly & ~dg.AutomationCondition.in_progress()).with_label("to be judged, and its turn")
 
 
 def auto_sensor(plan: Plan) -> dg.AutomationConditionSensorDefinition:

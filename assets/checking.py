@@ -6,6 +6,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets.auto import check_condition
 from assets.plan import Naming
 from resources.workspace import Workspace
 
@@ -23,7 +24,14 @@ def check_of(
     with warnings.catch_warnings():
         # Partitioned checks are in preview; the pinned Dagster has them, and they are what the UI shows a partition.
         warnings.simplefilter("ignore", dg.PreviewWarning)
-        decorate = dg.asset_check(asset=plan.key(asset), name=name, blocking=blocking, description=description, partitions_def=partitions)
+        decorate = dg.asset_check(
+            asset=plan.key(asset),
+            name=name,
+            blocking=blocking,
+            description=description,
+            partitions_def=partitions,
+            automation_condition=check_condition(plan.root, plan.profile.name),
+        )
         return decorate(run)
 
 

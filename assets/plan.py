@@ -45,6 +45,8 @@ class Naming:
     __slots__ = ()
     groups: ClassVar[Mapping[str, tuple[str, ...]]]
     """Group -> its assets, in the order of the data flow."""
+    root: Path
+    """The project's root."""
     profile: Any
     """Settings of the profile; only its name is used here."""
 

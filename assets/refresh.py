@@ -51,7 +51,9 @@ class Outcome:
     seconds: float = 0.0
     """Time it took."""
     waits_for: tuple[Item, ...] = ()
-    """What it is made from and is not up to date."""
+    """What it is made from and is not up to date, or has a blocking check to come."""
+    checks: tuple[str, ...] = ()
+    """Of `unchecked`: the checks whose verdict is missing or older than what they go by."""
 
 
 @dataclass(slots=True)
@@ -132,6 +134,7 @@ class Refresh:
                 raise ValueError(f"there is no asset {name!r}; there are: {', '.join(assets)}")
         self._record = RefreshRecord()
         self._unsettled: dict[Item, str] = {}
+        self._unjudged: set[Item] = set()
 
     def run(self, *, dry: bool = False) -> RefreshRecord:
         """Refresh, or with `dry` only say what is stale.
@@ -178,7 +181,8 @@ class Refresh:
         if not reasons:
             self._note(self._look_again(item, may_run))
         elif not may_run:
-            self._note(Outcome(item, "stale", tuple(reasons)))
+            unjudged = tuple(p for p in self._staleness.parents(item) if p in self._unjudged)
+            self._note(Outcome(item, "stale", tuple(reasons), waits_for=unjudged))
         else:
             self._note(self._make(item, reasons))
         if item not in self._unsettled:
@@ -191,7 +195,9 @@ class Refresh:
         if not outdated:
             return Outcome(item, "fresh")
         if not may_run:
-            return Outcome(item, "unchecked", reasons)
+            if any(self._staleness.is_blocking(key) for key in outdated):
+                self._unjudged.add(item)
+            return Outcome(item, "unchecked", reasons, checks=tuple(key.name for key in outdated))
         checks = self._job.get_subset(asset_selection=set(), asset_check_selection=set(outdated))
         return self._execute(item, list(reasons), "checked", checks)
 

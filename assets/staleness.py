@@ -144,6 +144,10 @@ class Staleness:
                 outdated[check] = f"{newer[0]} changed" if newer else "not run since"
         return outdated
 
+    def is_blocking(self, check: dg.AssetCheckKey) -> bool:
+        """Say whether what follows must wait for a check to pass."""
+        return self._graph.get(check).blocking
+
     def _materialized_s(self, item: Item) -> float:
         record = self._instance.get_latest_data_version_record(self._plan.key(item.asset), False, item.partition)
         return 0.0 if record is None else float(record.timestamp)

@@ -9,6 +9,8 @@ from typing import Any
 import dagster as dg
 import pytest
 import yaml
+from dagster._core.definitions.automation_tick_evaluation_context import build_run_requests
+from dagster._core.definitions.partitions.context import partition_loading_context
 from micro_project import Project
 from ticking_engine import TickingEngine
 
@@ -207,11 +209,17 @@ class Daemon:
         definitions = build_definitions(make_plan(self.project.root, "micro"))
         result = dg.evaluate_automation_conditions(definitions, self.instance, cursor=self.cursor)
         self.cursor = result.cursor
-        job, asked = definitions.resolve_implicit_global_asset_job_def(), set()
-        for key in definitions.resolve_asset_graph().get_all_asset_keys():
-            for partition in result.get_requested_partitions(key):
-                asked.add(key.path[-1] + (f"[{partition}]" if partition else ""))
-                job.execute_in_process(instance=self.instance, asset_selection=[key], partition_key=partition, raise_on_error=False)
+        graph, job, asked = definitions.resolve_asset_graph(), definitions.resolve_implicit_global_asset_job_def(), set()
+        subsets = [r.true_subset for r in result.results if not r.true_subset.is_empty]
+        with partition_loading_context(dynamic_partitions_store=self.instance):
+            requests = build_run_requests(subsets, graph, {}, emit_backfills=False)
+        for request in requests:
+            assets, checks = set(request.asset_selection or ()), set(request.asset_check_keys or ())
+            place = f"[{request.partition_key}]" if request.partition_key else ""
+            asked |= {a.path[-1] + place for a in assets} | {f"{c.asset_key.path[-1]}{place}: {c.name}" for c in checks}
+            part = job.get_subset(asset_selection=assets, asset_check_selection=checks)
+            key = request.partition_key if assets else None
+            part.execute_in_process(instance=self.instance, partition_key=key, tags=request.tags, raise_on_error=False)
         return asked
 
 
@@ -223,9 +231,11 @@ def test_auto_mode_runs_wave_by_wave_what_a_refresh_would(project: Project, monk
         assert daemon.tick() == set()
         project.edit(file, uptrain={"tokens": 192})
         waves = [wave for _ in range(7) if (wave := daemon.tick())]
-        # The budget is no constraint: the same solution, the same child, another healing.
-        assert waves[0] == {"scenario_spec[micro-light]"} and waves[1] == {"solution[micro-light]"}
-        assert waves[2] == {"uptrained_child[micro-light]"} and {"accuracy[micro-light]", "serving[micro-light]"} in waves
+        # The budget is no constraint: the same solution, the same child, another healing. Checks run along with their assets.
+        assert waves[0] == {"scenario_spec[micro-light]"} and waves[1] == {"solution[micro-light]", "solution[micro-light]: feasible"}
+        graded = {"accuracy[micro-light]", "accuracy[micro-light]: retention"}
+        served = {f"serving[micro-light]{check}" for check in ("", ": as_asked", ": as_predicted")}
+        assert waves[2] == {"uptrained_child[micro-light]"} and graded | served in waves
         assert [w for w in waves if w & GATHERED] and "child[micro-light]" not in set().union(*waves)
         assert daemon.tick() == set()
 
@@ -235,9 +245,38 @@ def test_auto_mode_runs_wave_by_wave_what_a_refresh_would(project: Project, monk
         with monkeypatch.context() as patch:
             patch.setattr("puzzle_dag.search.answer.answer_scenario", broken)
             project.edit(file, constraints={"parameters": {"at_most": 0.93, "relative_to": "parent"}})
-            assert [daemon.tick() for _ in range(4)] == [{"scenario_spec[micro-light]"}, {"solution[micro-light]"}, set(), set()]
+            solved = {"solution[micro-light]", "solution[micro-light]: feasible"}
+            assert [daemon.tick() for _ in range(4)] == [{"scenario_spec[micro-light]"}, solved, set(), set()]
         file.write_text(text)
         assert daemon.tick() == {"scenario_spec[micro-light]"}
-        assert [daemon.tick() for _ in range(2)] == [{"solution[micro-light]"}, {"uptrained_child[micro-light]"}]
+        assert [daemon.tick() for _ in range(2)] == [solved, {"uptrained_child[micro-light]"}]
+    project.refresh()
+    assert project.refresh().ran == []
+
+
+def test_auto_mode_judges_alone_what_has_no_verdict_of_today(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = project.root / "conf" / "scenarios" / "micro-light.yaml"
+    text, retention = file.read_text(), "accuracy[micro-light]: retention"
+    with project.instance() as instance:
+        daemon = Daemon(project, instance)
+        assert daemon.tick() == set()
+        # A floor makes no asset stale but its file's; the check that goes by it is judged anew, once.
+        project.edit(file, retention_floor=0.01)
+        waves = [daemon.tick() for _ in range(4)]
+        assert waves[0] == {"scenario_spec[micro-light]"} and retention in waves[1] and waves[2:] == [set(), set()], waves
+        assert not any("[" in w and ":" not in w for wave in waves[1:] for w in wave), waves
+        file.write_text(text)
+        while daemon.tick():
+            pass
+        # An asset that was made again without its check, as by hand in the UI: what follows waits for the verdict.
+        job = build_definitions(make_plan(project.root, "micro")).resolve_implicit_global_asset_job_def()
+        key = dg.AssetKey(["micro", "solution"])
+        alone = job.get_subset(asset_selection={key}, asset_check_selection=set())
+        project.edit(file, constraints={"parameters": {"at_most": 0.93, "relative_to": "parent"}})
+        assert daemon.tick() == {"scenario_spec[micro-light]"}
+        alone.execute_in_process(instance=instance, partition_key="micro-light")
+        assert daemon.tick() == {"solution[micro-light]: feasible"}
+        assert daemon.tick() == {"child[micro-light]", "child[micro-light]: as_assembled"}
+        file.write_text(text)
     project.refresh()
     assert project.refresh().ran == []

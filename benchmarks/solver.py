@@ -20,9 +20,10 @@ from puzzle_dag.piece_costs import Phase, PieceCost, PieceCosts
 from puzzle_dag.search.candidates import Candidates
 from puzzle_dag.search.frontier import sweep
 from puzzle_dag.search.points import scenario_limits
-from puzzle_dag.search.program import Program, minimise
+from puzzle_dag.search.program import Program
 from puzzle_dag.search.score import BlockScore
 from puzzle_dag.search.solve import solve_scenario
+from puzzle_dag.search.solver import minimise
 
 HIDDEN, WIDTH, HEADS, HEAD_DIM = 8192, 28672, 64, 128
 PARENT = Block(Attention("gqa", 8), FFN("swiglu", WIDTH))

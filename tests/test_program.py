@@ -1,13 +1,15 @@
 """The integer program itself: items over runs of layers, rows of every kind, degenerate and hard cases, by brute force."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle_dag.search.program import Item, Program, Row, SolverError, drop_dominated, minimise
+from puzzle_dag.search.program import Item, Program, Row, SolverError, drop_dominated
+from puzzle_dag.search.solver import Solver, minimise
 
 Drawn = tuple[Program, np.ndarray]
 
@@ -65,6 +67,45 @@ def test_equals_brute_force(drawn: Drawn) -> None:
     assert outcome.objective == pytest.approx(min(found.values()), abs=1e-9)
     assert outcome.bound <= outcome.objective
     assert outcome.objective - outcome.bound <= 1e-6 * max(1.0, abs(outcome.objective))
+
+
+def best_value(program: Program, costs: np.ndarray) -> float:
+    return min((float(sum(costs[i] for i in chosen)) for chosen in covers(program) if is_met(program, chosen)), default=np.inf)
+
+
+@settings(max_examples=300, deadline=None)
+@given(programs(), st.lists(st.integers(-12, 12), min_size=1, max_size=4))
+def test_a_kept_solver_is_as_exact_under_every_other_bound(drawn: Drawn, moves: list[int]) -> None:
+    """To and fro, through infeasible bounds as well; and what is worse than asked for is proven to be."""
+    program, costs = drawn
+    solver = Solver(program, costs)
+    for move in (0, *moves, 0):
+        moved = replace(program, rows=tuple(replace(r, lower=r.lower + move, upper=r.upper + move) for r in program.rows))
+        if not solver.fits(moved, costs):
+            assert any(max(np.abs(r.coefficients).max(), abs(r.upper)) > 8 or move for r in moved.rows), (
+                "only another scale asks for another"
+            )
+            continue
+        expected, outcome = best_value(moved, costs), solver.solve(moved)
+        assert outcome.status == ("optimal" if np.isfinite(expected) else "infeasible")
+        if outcome.chosen:
+            assert is_met(moved, outcome.chosen) and outcome.objective == pytest.approx(expected, abs=1e-9)
+            assert solver.relax(moved) <= expected + 1e-9
+            worse = solver.solve(moved, worse_than=expected - 1e-3)
+            assert (worse.status == "worse" and worse.bound > expected - 1e-3) or worse.objective == outcome.objective
+            assert solver.solve(moved, worse_than=expected).objective == outcome.objective
+
+
+def test_a_kept_solver_knows_what_it_was_made_for() -> None:
+    items = (Item("a", (0,)), Item("b", (0,)))
+    row, costs = Row("r", np.array([1.0, 2.0]), upper=2.0), np.array([3.0, 1.0])
+    solver = Solver(Program(1, items, (row,)), costs)
+    assert solver.fits(Program(1, items, (replace(row, upper=1.0),)), costs)
+    assert not solver.fits(Program(1, items, (replace(row, lower=1.0),)), costs), "another side is bounded"
+    assert not solver.fits(Program(1, items, (replace(row, upper=100.0),)), costs), "another scale"
+    assert not solver.fits(Program(1, items, (replace(row, coefficients=np.array([1.0, 3.0])),)), costs)
+    assert not solver.fits(Program(1, items, (row, row)), costs) and not solver.fits(Program(1, items, (row,), 1), costs)
+    assert not solver.fits(Program(1, items, (row,)), np.array([3.0, 2.0]))
 
 
 @settings(max_examples=200, deadline=None)

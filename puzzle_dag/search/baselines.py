@@ -16,9 +16,10 @@ from puzzle_dag.piece_costs import PieceCosts
 from puzzle_dag.search.candidates import AnyLimit, Candidates, ScoreTable
 from puzzle_dag.search.limits import ScenarioError, make_measure, target_costs
 from puzzle_dag.search.problem import Problem, explain_problem
-from puzzle_dag.search.program import Floats, Outcome, minimise
+from puzzle_dag.search.program import Floats, Outcome
 from puzzle_dag.search.solution import Solution
 from puzzle_dag.search.solve import build_solution, prepare
+from puzzle_dag.search.solver import minimise
 
 
 class BaselineFailedError(ScenarioError):

@@ -23,7 +23,8 @@ import pyarrow.parquet as parquet
 
 from puzzle_dag.search.infeasible import explain_conflict
 from puzzle_dag.search.limits import ScenarioError, SumLimit, as_written
-from puzzle_dag.search.program import Floats, Item, Outcome, Program, Row, minimise
+from puzzle_dag.search.program import Floats, Item, Outcome, Program, Row
+from puzzle_dag.search.solver import minimise
 
 ForeignLibrary = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Layer -> variant -> numbers, nested or under dotted names."""

@@ -13,8 +13,7 @@ from puzzle_dag.progress import Progress, silent
 from puzzle_dag.search.candidates import ScoreTable
 from puzzle_dag.search.infeasible import InfeasibleScenarioError
 from puzzle_dag.search.limits import ScenarioError, make_measure, target_costs
-from puzzle_dag.search.problem import Problem, keep_point, solve_points
-from puzzle_dag.search.program import Outcome
+from puzzle_dag.search.problem import Memory, Problem, keep_point, solve_points
 from puzzle_dag.search.solution import Solution
 from puzzle_dag.search.solve import build_solution, describe_architecture, prepare
 
@@ -92,15 +91,14 @@ def sweep(
     """
     points = [parent_point(target_costs(scenario.target, costs), parent_block, len(scores))]
     candidates = prepare(scores, costs, scenario, parent_block, earlier=earlier)
-    former: tuple[Problem, Sequence[Outcome]] | None = None
+    memory = Memory()
     for done, value in enumerate(values, start=1):
         start, problem = time.monotonic(), Problem.of(with_bound(scenario, constraint, value), candidates, costs)
         try:
-            outcomes = solve_points(problem, former=former)
+            outcomes = solve_points(problem, memory=memory, only_best=True)
         except InfeasibleScenarioError as error:
             _log.info("%s, %s %g: %s", scenario.name, constraint, value, error)
         else:
-            former = (problem, outcomes)
             solution = build_solution(problem, outcomes, keep_point(problem, outcomes), seconds=time.monotonic() - start)
             points.append(FrontierPoint(value, solution.objective, solution.batch, solution.predicted, solution))
         progress(done, len(values), "points")

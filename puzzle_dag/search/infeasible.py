@@ -9,7 +9,8 @@ from typing import Generic, Protocol, Self, TypeVar
 import numpy as np
 
 from puzzle_dag.search.limits import ScenarioError
-from puzzle_dag.search.program import Floats, Item, Outcome, Program, minimise
+from puzzle_dag.search.program import Floats, Item, Outcome, Program
+from puzzle_dag.search.solver import minimise
 
 
 class Bounded(Protocol):

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 from puzzle_dag.search.candidates import AnyLimit
 from puzzle_dag.search.limits import Limit, Side, as_written
-from puzzle_dag.search.problem import Problem, keep_point, solve_points
+from puzzle_dag.search.problem import Memory, Problem, keep_point, solve_points
 from puzzle_dag.search.program import GAP
 from puzzle_dag.search.solution import Loosened, Solution
 
@@ -25,9 +25,9 @@ def _loosen(limit: AnyLimit, side: Side, share: Fraction) -> AnyLimit:
     return limit.with_bound(side, max(Fraction(0), bound - change))
 
 
-def _reach(problem: Problem, time_limit_s: float) -> float:
+def _reach(problem: Problem, memory: Memory, time_limit_s: float) -> float:
     """Return the value of the objective that can be reached."""
-    outcomes = solve_points(problem, time_limit_s=time_limit_s)
+    outcomes = solve_points(problem, time_limit_s=time_limit_s, memory=memory, only_best=True)
     kept = keep_point(problem, outcomes)
     return problem.goal(problem.points[kept]).value(problem.candidates, outcomes[kept].chosen)
 
@@ -47,10 +47,10 @@ def loosen_each(problem: Problem, solution: Solution, *, share: float = 0.05, ti
     kept = next(p for p in problem.points if dict(p.batches) == {k: solution.batch_sizes[k] for k in p.batches})
     goal, limits = problem.goal(kept), [problem.limits(point) for point in problem.points]
     value = solution.objective if goal.measure is None else goal.measure.of(solution.architecture)
-    found = []
+    found, memory = [], Memory()
     for index, side in problem.sides():
         changed = [[_loosen(x, side, as_written(share)) if i == index else x for i, x in enumerate(own)] for own in limits]
-        reached = _reach(problem.with_limits(changed), time_limit_s)
+        reached = _reach(problem.with_limits(changed), memory, time_limit_s)
         before = problem.limits(kept)[index]
         bound, loosened = float(getattr(before, side)), float(getattr(_loosen(before, side, as_written(share)), side))
         gain = max(0.0, goal.loss(value) - goal.loss(reached))

@@ -1,8 +1,9 @@
 """A scenario made ready to be solved: its candidates, its structure, and its limits at every combination of batch sizes."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from puzzle_dag.config import Scenario
 from puzzle_dag.piece_costs import PieceCosts
@@ -11,7 +12,8 @@ from puzzle_dag.search.goal import Goal, quality_budgets
 from puzzle_dag.search.infeasible import InfeasibleScenarioError, explain
 from puzzle_dag.search.limits import SIDES, Limit, Side, SumLimit, make_measure, target_costs
 from puzzle_dag.search.points import Point, scenario_points
-from puzzle_dag.search.program import GAP, Outcome, SolverError, minimise
+from puzzle_dag.search.program import GAP, Outcome, Program, SolverError
+from puzzle_dag.search.solver import Solver
 
 _log = logging.getLogger(__name__)
 
@@ -75,49 +77,84 @@ def _narrows(new: AnyLimit, old: AnyLimit) -> bool:
     return lower and upper
 
 
-def _carried_over(problem: Problem, former: Problem, outcomes: Sequence[Outcome], index: int) -> Outcome | None:
-    """Return a point's outcome where the former problem's settles it, None where it must be solved.
+@dataclass(slots=True)
+class Memory:
+    """What solving a problem leaves for the same problem with other bounds.
 
-    With limits that are nowhere wider, what was infeasible still is, and the best choice is still the best if it
-    meets them.
+    Attributes:
+        solvers: of each point's program, by the point's index.
+        problem: the one that was solved last; None where none was.
+        outcomes: of its points.
     """
-    point, old = problem.points[index], outcomes[index]
-    if not all(_narrows(a, b) for a, b in zip(problem.limits(point), former.limits(former.points[index]), strict=True)):
-        return None
-    if old.status == "infeasible":
-        return Outcome("infeasible")
-    is_best = old.status == "optimal" and problem.candidates.meets(problem.limits(point))(old.chosen)
-    return replace(old, seconds=0.0) if is_best else None
+
+    solvers: dict[int, Solver] = field(default_factory=dict)
+    problem: Problem | None = None
+    outcomes: Sequence[Outcome] = ()
+
+    def settled(self, problem: Problem, index: int) -> Outcome | None:
+        """Return a point's outcome where the last problem's settles it, None where it must be solved.
+
+        With limits that are nowhere wider, what was infeasible still is, and the best choice is still the best if it
+        meets them.
+        """
+        if self.problem is None:
+            return None
+        limits, old = problem.limits(problem.points[index]), self.outcomes[index]
+        if not all(_narrows(a, b) for a, b in zip(limits, self.problem.limits(self.problem.points[index]), strict=True)):
+            return None
+        if old.status == "infeasible":
+            return Outcome("infeasible")
+        is_best = old.status == "optimal" and problem.candidates.meets(limits)(old.chosen)
+        return replace(old, seconds=0.0) if is_best else None
+
+    def solver(self, problem: Problem, index: int, program: Program) -> Solver:
+        """Return a point's solver: the one that is there if it fits."""
+        costs = problem.goal(problem.points[index]).costs(problem.candidates)
+        if index not in self.solvers or not self.solvers[index].fits(program, costs):
+            self.solvers[index] = Solver(program, costs)
+        return self.solvers[index]
 
 
-def solve_points(
-    problem: Problem, *, time_limit_s: float = 600.0, former: tuple[Problem, Sequence[Outcome]] | None = None
-) -> list[Outcome]:
+def solve_points(problem: Problem, *, time_limit_s: float = 600.0, memory: Memory | None = None, only_best: bool = False) -> list[Outcome]:
     """Solve the program of every point, to a proven gap each.
 
     Args:
         problem: what is solved.
         time_limit_s: for each point.
-        former: the same problem with other bounds, and its outcomes, which may settle some points here.
+        memory: what the same problem left, solved with other bounds; it is brought up to date.
+        only_best: whether points that are proven to be worse than another may end as "worse", without a choice. Summed
+            scores alone compare like that; where a quantity is optimised, every point is solved.
 
     Raises:
         InfeasibleScenarioError: no point can be met.
         SolverError: nothing was found, and time ran out somewhere.
     """
-    outcomes, name = list[Outcome](), problem.scenario.name
-    for index, point in enumerate(problem.points):
-        if former is not None and (settled := _carried_over(problem, *former, index)) is not None:
-            outcomes.append(settled)
-            continue
-        limits, values = problem.limits(point), problem.goal(point).costs(problem.candidates)
-        outcome = minimise(problem.candidates.program(limits), values, is_met=problem.candidates.meets(limits), time_limit_s=time_limit_s)
-        _log.debug("%s, batch %s: %s in %.2f s", name, dict(point.batches), outcome.status, outcome.seconds)
-        outcomes.append(outcome)
-    if not any(outcome.chosen for outcome in outcomes):
-        if any(outcome.status == "time_limit" for outcome in outcomes):
+    memory, name = Memory() if memory is None else memory, problem.scenario.name
+    only_best = only_best and problem.scenario.objective.quantity is None
+    outcomes = {i: settled for i in range(len(problem.points)) if (settled := memory.settled(problem, i)) is not None}
+    programs = {i: problem.candidates.program(problem.limits(p)) for i, p in enumerate(problem.points) if i not in outcomes}
+    bounds = dict.fromkeys(programs, 0.0)
+    if only_best and len(problem.points) > 1:
+        bounds = {i: memory.solver(problem, i, program).relax(program, time_limit_s=time_limit_s) for i, program in programs.items()}
+    best = min((o.objective for o in outcomes.values() if o.chosen), default=math.inf) if only_best else math.inf
+    for index in sorted(programs, key=lambda i: bounds[i]):  # the most promising point first
+        outcome = memory.solver(problem, index, programs[index]).solve(
+            programs[index],
+            is_met=problem.candidates.meets(problem.limits(problem.points[index])),
+            worse_than=best + GAP * abs(best) if math.isfinite(best) else math.inf,
+            time_limit_s=time_limit_s,
+        )
+        _log.debug("%s, batch %s: %s in %.2f s", name, dict(problem.points[index].batches), outcome.status, outcome.seconds)
+        outcomes[index] = outcome
+        if only_best and outcome.chosen:
+            best = min(best, outcome.objective)
+    ordered = [outcomes[i] for i in range(len(problem.points))]
+    if not any(outcome.chosen for outcome in ordered):
+        if any(outcome.status == "time_limit" for outcome in ordered):
             raise SolverError(f"scenario {name}: nothing found in {time_limit_s:g} s; raise the time limit or loosen a constraint")
         raise explain_problem(problem)
-    return outcomes
+    memory.problem, memory.outcomes = problem, ordered
+    return ordered
 
 
 def explain_problem(problem: Problem) -> InfeasibleScenarioError:

@@ -1,12 +1,10 @@
-"""The integer program behind every search: one item for each layer, least cost, linear rows; solved by HiGHS to a proven gap.
+"""The integer program behind every search: one item for each layer, least cost, linear rows, as HiGHS takes it.
 
-An item covers one layer, or a run of layers at once. Two exact reductions make it fast: an item that is no better
-than another in anything is left out, and so are items whose reduced cost in the linear relaxation shows that no
-solution as good as the one found can hold them; the bound that is returned accounts for both.
+An item covers one layer, or a run of layers at once. An item that is no better than another in anything is left out.
+`search/solver.py` solves programs.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -19,9 +17,6 @@ Indices = NDArray[np.int64]
 
 GAP = 1e-6
 """Relative gap between objective and bound that counts as proven."""
-_TOLERANCE = 1e-9
-_FIRST_ITEMS_PER_LAYER = 1.6
-_MOST_EXACT_CUTS = 200
 
 
 class SolverError(RuntimeError):
@@ -60,10 +55,11 @@ class Program:
 class Outcome:
     """How a solve ended: `chosen` are item indices in layer order, `bound` is a proven lower bound of the objective.
 
-    "feasible" is the status of a choice that meets the rows and that nothing is proven of (a baseline's); its bound is NaN.
+    "worse" says that whatever meets the rows costs more than the caller asked for. "feasible" is the status of a choice
+    that meets the rows and that nothing is proven of (a baseline's); its bound is NaN.
     """
 
-    status: Literal["optimal", "infeasible", "time_limit", "feasible"]
+    status: Literal["optimal", "infeasible", "time_limit", "worse", "feasible"]
     chosen: tuple[int, ...] = ()
     objective: float = np.nan
     bound: float = np.nan
@@ -104,25 +100,34 @@ def drop_dominated(program: Program, costs: Floats) -> Indices:
     return np.array(sorted(kept), dtype=np.int64)
 
 
-def _scaled(row: Row) -> tuple[Floats, float, float]:
-    """Return the row divided by its largest number, so that the solver's tolerance is relative."""
+def row_scale(row: Row) -> float:
+    """Return a row's largest number; rows are divided by theirs, so that the solver's tolerance is relative."""
     bounds = [abs(b) for b in (row.lower, row.upper) if np.isfinite(b)]
-    scale = max([float(np.abs(row.coefficients).max(initial=0.0)), *bounds]) or 1.0
-    return row.coefficients / scale, row.lower / scale, row.upper / scale
+    return max([float(np.abs(row.coefficients).max(initial=0.0)), *bounds]) or 1.0
 
 
 @dataclass(slots=True)
-class _Matrix:
+class Matrix:
     """The program's columns, ready for HiGHS; restricted to some of the items for each solve."""
 
     program: Program
     scaled: list[tuple[Floats, float, float]]
     names: list[str] = field(default_factory=list)
+    scales: list[float] = field(default_factory=list)
 
     @staticmethod
-    def of(program: Program) -> "_Matrix":
+    def of(program: Program) -> "Matrix":
+        """Return the columns of a program, its rows scaled."""
         names = sorted({item.name for item in program.items}) if program.max_distinct is not None else []
-        return _Matrix(program, [_scaled(row) for row in program.rows], names)
+        scales = [row_scale(row) for row in program.rows]
+        rows = [(r.coefficients / s, r.lower / s, r.upper / s) for r, s in zip(program.rows, scales, strict=True)]
+        return Matrix(program, rows, names, scales)
+
+    def set_bounds(self, index: int, lower: float, upper: float) -> tuple[float, float]:
+        """Give a row other bounds; return them as HiGHS takes them, divided by the row's scale."""
+        coefficients, scale = self.scaled[index][0], self.scales[index]
+        self.scaled[index] = coefficients, lower / scale, upper / scale
+        return self.scaled[index][1:]
 
     def model(self, kept: Indices, costs: Floats, *, integer: bool) -> highspy.HighsLp:
         """Return the program over the items `kept`, with one further column for each name where names are counted."""
@@ -170,128 +175,3 @@ class _Matrix:
         if integer:
             lp.integrality_ = [highspy.HighsVarType.kInteger] * num_columns
         return lp
-
-
-def _run(lp: highspy.HighsLp, time_limit_s: float) -> highspy.Highs:
-    solver = highspy.Highs()
-    for name, value in {
-        "output_flag": False,
-        "threads": 1,  # more threads, and the answer among equals may change from run to run
-        "random_seed": 0,
-        "mip_rel_gap": 0.0,
-        "mip_abs_gap": _TOLERANCE,  # of costs that are scaled to a total near 1
-        "primal_feasibility_tolerance": _TOLERANCE,
-        "dual_feasibility_tolerance": _TOLERANCE,
-        "mip_feasibility_tolerance": _TOLERANCE,
-        "time_limit": max(0.01, time_limit_s),
-        # Few items are left when the search starts, so hunting for a first solution costs more than it saves.
-        "mip_heuristic_run_feasibility_jump": False,
-        "mip_heuristic_run_rens": False,
-        "mip_heuristic_run_rins": False,
-        "mip_detect_symmetry": False,
-        "mip_allow_restart": False,
-    }.items():
-        solver.setOptionValue(name, value)
-    solver.passModel(lp)
-    solver.run()
-    return solver
-
-
-def _state(solver: highspy.Highs) -> Literal["optimal", "infeasible", "time_limit"]:
-    status, known = solver.getModelStatus(), highspy.HighsModelStatus
-    if status == known.kOptimal:
-        return "optimal"
-    if status in (known.kInfeasible, known.kUnboundedOrInfeasible):  # all columns are bounded, so the second is the first
-        return "infeasible"
-    if status == known.kTimeLimit:
-        return "time_limit"
-    raise SolverError(f"HiGHS ended with {solver.modelStatusToString(status)!r}")
-
-
-def _chosen(solver: highspy.Highs, kept: Indices, program: Program) -> tuple[int, ...]:
-    values = np.array(solver.getSolution().col_value[: len(kept)])
-    chosen = [int(i) for i in kept[values > 0.5]]
-    return tuple(sorted(chosen, key=lambda i: program.items[i].layers))
-
-
-def _least_per_layer(program: Program, costs: Floats) -> tuple[float, Floats]:
-    """Return the sum over the layers of the least cost a layer, and each item's part of it; infinite for a bare layer."""
-    counts = np.array([len(item.layers) for item in program.items])
-    layers = np.concatenate([item.layers for item in program.items]).astype(np.int64)
-    least = np.full(program.num_layers, np.inf)
-    np.minimum.at(least, layers, np.repeat(costs / counts, counts))
-    return float(least.sum()), np.add.reduceat(least[layers], np.r_[0, np.cumsum(counts)[:-1]])
-
-
-def _minimise_floats(program: Program, costs: Floats, deadline_s: float) -> Outcome:
-    """Solve in floating point. The costs are shifted by each layer's least, so that only differences are rounded."""
-    matrix, kept = _Matrix.of(program), drop_dominated(program, costs)
-    base, shifts = _least_per_layer(program, costs)
-    if not np.isfinite(base):
-        return Outcome("infeasible")  # a layer that no item covers
-    shifted = costs - shifts
-    scale = float(shifted[kept].max()) or 1.0
-    relaxed = _run(matrix.model(kept, shifted / scale, integer=False), deadline_s - time.monotonic())
-    if (state := _state(relaxed)) != "optimal":
-        return Outcome(state)
-    least = relaxed.getInfo().objective_function_value * scale
-    reduced = np.array(relaxed.getSolution().col_dual[: len(kept)]) * scale
-    num_kept = int(_FIRST_ITEMS_PER_LAYER * program.num_layers)
-    slack = float(np.sort(reduced)[num_kept]) if num_kept < len(kept) else np.inf
-    while True:
-        # An item whose reduced cost is above `slack` is in no solution below least + slack.
-        part = kept[reduced <= slack]
-        mip_scale = least if least > 1e-6 * scale else scale
-        solver = _run(matrix.model(part, shifted / mip_scale, integer=True), deadline_s - time.monotonic())
-        state, info = _state(solver), solver.getInfo()
-        found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
-        if state == "time_limit":
-            return Outcome(state, _chosen(solver, part, program) if found else (), bound=least + base)
-        if state == "infeasible" and len(part) == len(kept):
-            return Outcome(state)
-        if state == "optimal":
-            objective = info.objective_function_value * mip_scale
-            bound = min(info.mip_dual_bound * mip_scale, objective)
-            if len(part) == len(kept) or objective <= least + slack:
-                return Outcome(state, _chosen(solver, part, program), bound=bound + base)
-            slack = max(slack, objective - least) + _TOLERANCE * scale
-        else:
-            num_kept *= 4
-            slack = float(np.sort(reduced)[num_kept]) if num_kept < len(kept) else np.inf
-
-
-def _cut_off(program: Program, chosen: Sequence[int]) -> Program:
-    """Return the program with one row more, which only this very choice breaks."""
-    coefficients = np.zeros(len(program.items))
-    coefficients[list(chosen)] = 1.0
-    row = Row("not again", coefficients, upper=len(chosen) - 1)
-    return Program(program.num_layers, program.items, (*program.rows, row), program.max_distinct)
-
-
-def minimise(
-    program: Program,
-    costs: Floats,
-    *,
-    is_met: Callable[[tuple[int, ...]], bool] = lambda chosen: True,
-    time_limit_s: float = 600.0,
-) -> Outcome:
-    """Find the items of least total cost, proven within a relative gap of 1e-6.
-
-    Args:
-        program: what is chosen from, and the conditions.
-        costs: one for each item; may be negative.
-        is_met: re-checks a choice in exact arithmetic. The solver knows the rows up to a tolerance of 1e-9; a choice
-            that breaks one by less is cut off and the next best is found.
-        time_limit_s: when to stop; the best choice so far is returned with the status "time_limit".
-
-    Raises:
-        SolverError: the solver failed, or hundreds of choices lie within rounding of a limit.
-    """
-    start = time.monotonic()
-    for _ in range(_MOST_EXACT_CUTS):
-        outcome = _minimise_floats(program, costs, start + time_limit_s)
-        if not outcome.chosen or is_met(outcome.chosen):
-            objective = float(sum(costs[i] for i in outcome.chosen)) if outcome.chosen else np.nan
-            return Outcome(outcome.status, outcome.chosen, objective, min(outcome.bound, objective), time.monotonic() - start)
-        program = _cut_off(program, outcome.chosen)
-    raise SolverError(f"{_MOST_EXACT_CUTS} choices lie within rounding of a limit without meeting it; move the limit a little")

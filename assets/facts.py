@@ -28,6 +28,8 @@ class Chain:
     uptrained: Mapping[str, Any] | None
     accuracy: Mapping[str, Any] | None
     serving: Mapping[str, Any] | None
+    load_curve: Mapping[str, Any] | None
+    speculation: Mapping[str, Any] | None
 
 
 def read_chain(workspace: Workspace, name: str) -> Chain:
@@ -47,10 +49,13 @@ def read_chain(workspace: Workspace, name: str) -> Chain:
     child = after(solution, "child", "solution", lambda s: s["digest"])
     uptrained = after(child, "uptrained_child", "child", lambda c: c["digest"])
     accuracy = after(uptrained, "accuracy", "uptrained_child", lambda u: u["digest"])
-    serving = after(uptrained, "serving", "uptrained_child", lambda u: u["digest"])
-    if serving is not None and spec is not None and serving["target"] != spec["target"]:
-        serving = None
-    return Chain(name, spec, solution, child, uptrained, accuracy, serving)
+
+    def measured(asset: str) -> Mapping[str, Any] | None:
+        found = after(uptrained, asset, "uptrained_child", lambda u: u["digest"])
+        return found if found is not None and spec is not None and found["target"] == spec["target"] else None
+
+    beyond = (measured(asset) for asset in ("serving", "load_curve", "speculation"))
+    return Chain(name, spec, solution, child, uptrained, accuracy, *beyond)
 
 
 def _speedup(chain: Chain) -> Mapping[str, Any]:

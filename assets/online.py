@@ -90,21 +90,11 @@ def _load_curve(plan: Plan, workspace: Workspace, scenario: str, target: str, ch
 
 
 def _draw(levels: list[dict[str, Any]], target: dict[str, Any], title: str) -> dg.MetadataValue:
-    from puzzle_dag.report.load import LoadMark, load_curves
+    from puzzle_dag.report.load import load_curves
+    from puzzle_dag.report.online import load_marks
 
-    curves: dict[str, list[LoadMark]] = {}
-    for level in levels:
-        ttft_s, tpot_s = level["predicted_ttft_s"], level["predicted_tpot_s"]
-        foreseen_s = None if ttft_s is None or tpot_s is None else ttft_s + tpot_s * (target["output_length"] - 1)
-        mark = LoadMark(
-            concurrency=level["concurrency"],
-            latency_s=level["latency_median_s"],
-            throughput_tokens_per_s=level["throughput_tokens_per_s"],
-            predicted_latency_s=foreseen_s,
-            predicted_throughput_tokens_per_s=level["predicted_throughput_tokens_per_s"],
-        )
-        curves.setdefault(level["model"], []).append(mark)
-    return picture(load_curves(curves, title=title), "throughput against latency; the numbers are concurrent requests")
+    drawn = load_curves(load_marks(levels, target["output_length"]), title=title)
+    return picture(drawn, "throughput against latency; the numbers are concurrent requests")
 
 
 def _load_curve_asset(plan: Plan) -> dg.AssetsDefinition:

@@ -8,13 +8,22 @@ from typing import Any
 from assets.children import loss_lines
 from assets.costs import parent_block, read_cost_table
 from assets.facts import frontier_points, ratio_points, read_chain, result_row
+from assets.online import ALTERNATIVES
 from assets.plan import GROUPS, Plan
 from puzzle_dag.config import Scenario
 from puzzle_dag.costs.comparison import Comparison
 from puzzle_dag.report.costs import cost_panels, residual_plot
 from puzzle_dag.report.html import Picture, Table
 from puzzle_dag.report.pictures import frontier, score_heat_map
-from puzzle_dag.report.scenario import ConstraintFact, ScenarioFacts, ServedFact, TaskFact, render_overview, render_scenario
+from puzzle_dag.report.scenario import (
+    ConstraintFact,
+    LoosenedFact,
+    ScenarioFacts,
+    ServedFact,
+    TaskFact,
+    render_overview,
+    render_scenario,
+)
 from puzzle_dag.report.tables import format_percent, format_quantity
 from puzzle_dag.store import fingerprint, write_atomically
 from resources.rows import read_rows
@@ -88,6 +97,20 @@ def _tasks(accuracy: Mapping[str, Any]) -> list[TaskFact]:
     ]
 
 
+def _loosened(solution: Mapping[str, Any]) -> list[LoosenedFact]:
+    shared = ("side", "bound", "change", "value", "gain", "is_binding")
+    return [LoosenedFact(name=x["constraint"], **{k: x[k] for k in shared}) for x in solution.get("loosened", ())]
+
+
+def _speculation(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the page tells of a child as a draft model."""
+    return {
+        "batches": report["batches"],
+        "drafted_at_a_time": report["num_draft_tokens"],
+        "unsupported": f"{report['unsupported']} {ALTERNATIVES}." if report["unsupported"] else "",
+    }
+
+
 def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts | None:
     """Return all that is known of a scenario; None where it has no solution."""
     # What is left of former times (the grades of a child that has been replaced) is not reported.
@@ -104,6 +127,8 @@ def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts
         target=solution["target"],
         description=spec.get("description", ""),
         constraints=_constraints(solution, workspace.scenario_of(dict(spec))),
+        optimised=str(solution["notes"].get("optimised", solution["minimized"])),
+        loosened=_loosened(solution),
         # An optimised quantity's bound and gap are in the notes.
         solver={
             **{k: solution[k] for k in ("status", "objective", "bound", "gap", "batch", "seconds")},
@@ -119,6 +144,9 @@ def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts
         tasks=_tasks(chain.accuracy or {}),
         uptrain_curves=loss_lines(healed["curve"]) if healed else {},
         retention_floor=spec.get("retention_floor"),
+        load=chain.load_curve["curve"]["levels"] if chain.load_curve else (),
+        output_length=target.output_length,
+        speculation=_speculation(chain.speculation["report"]) if chain.speculation else {},
     )
 
 

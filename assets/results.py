@@ -38,7 +38,7 @@ def _frontier_asset(plan: Plan) -> dg.AssetsDefinition:
     @dg.asset(
         **plan.options(
             "frontier",
-            deps=["accuracy", "serving"],
+            deps=["accuracy", "serving", *plan.opted_in],
             kinds=("parquet",),
             description="All scenarios side by side: asked for, predicted, measured, graded; a page for each, and one for all.",
         )

@@ -185,7 +185,7 @@ def watch_cost_table(plan: Plan, workspace: Workspace, _: str | None = None) -> 
 
 def watch_frontier(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
     """Return all that is known of the scenarios that the profile names today."""
-    assets = ("scenario_spec", "solution", "uptrained_child", "accuracy", "serving")
+    assets = ("scenario_spec", "solution", "uptrained_child", "accuracy", "serving", *plan.opted_in)
     return {asset: _versions(workspace, asset, workspace.read_profile().scenarios) for asset in assets}
 
 

@@ -15,6 +15,8 @@ HEADING = "## The schema\n"
 _ROW = re.compile(r"\| `(\w+)` \| (\w+(?:\[\])?|\?) \| (.*) \|")
 
 UNKNOWN = "?"
+OPTIONAL = ("load_curve", "speculation")
+"""Tables that only those profiles have that ask for them."""
 
 Schema = dict[str, dict[str, str]]
 """Table -> column -> type."""
@@ -76,7 +78,10 @@ def write_page(database: Path) -> None:
     intro = section.partition("### ")[0]
     said = {m[1]: m[2].strip() for m in re.finditer(r"### `(\w+)`\n\n([^|\n][^\n]*)\n", section)}
     told, words = read_page(text)
-    PAGE.write_text(head + HEADING + intro + render(complete(read_database(database), told), words, said))
+    found = complete(read_database(database), told)
+    # Tables that only some profiles have stay as they are told of where this file has none.
+    kept = {name: columns for name, columns in told.items() if name in OPTIONAL and name not in found}
+    PAGE.write_text(head + HEADING + intro + render(dict(sorted((found | kept).items())), words, said))
 
 
 if __name__ == "__main__":

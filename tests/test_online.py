@@ -11,6 +11,7 @@ from typing import Any
 
 import duckdb
 import pytest
+import query_page
 from micro_project import Project, make_project
 from ticking_engine import TickingEngine
 
@@ -98,13 +99,17 @@ def rows(project: Project, query: str) -> list[Any]:
         return connection.execute(query).fetchall()
 
 
+def read_page(project: Project) -> str:
+    return (project.workspace.var / "reports" / f"{SCENARIO}.html").read_text()
+
+
 def test_an_interrupted_curve_goes_on_and_reaches_the_tables(project: Project, online: Online) -> None:
     places = list(itertools.product((0, 1), ("parent", SCENARIO), (1, 2)))
     assert [(t, m, c) for m, t, c in online.loads] == places[:-1]  # the second attempt measured nothing again
     online.breaks_at, online.loads = None, []
     record = project.refresh()
     assert record.ok and online.loads == [(SCENARIO, 1, 2)]
-    assert {i.partition("[")[0] for i in record.ran} == {"load_curve", "tables"}
+    assert {i.partition("[")[0] for i in record.ran} == {"load_curve", "frontier", "tables"}
     assert rows(project, "SELECT model, concurrency, speedup, source FROM load_curve ORDER BY ALL") == [
         (SCENARIO, 1, 2.0, "measured"),
         (SCENARIO, 2, 2.0, "measured"),
@@ -115,7 +120,16 @@ def test_an_interrupted_curve_goes_on_and_reaches_the_tables(project: Project, o
     levels = project.workspace.shelf.value("load_curve", SCENARIO)["curve"]["levels"]
     assert [x["predicted_ttft_s"] is None for x in levels] == [True, False, True, False]
     assert rows(project, "SELECT batch, acceptance_rate, tokens_per_step FROM speculation ORDER BY ALL") == [(1, 0.5, 2.5), (2, 0.5, 2.5)]
+    page = read_page(project)
+    assert "Under load" in page and "2.000 (2.000 to 2.000)" in page and "draft model" in page and "50.0%" in page
     assert project.refresh().ran == []
+
+
+def test_the_page_of_queries_tells_of_both_tables(project: Project) -> None:
+    told, words = query_page.read_page(query_page.PAGE.read_text())
+    found = query_page.complete(query_page.read_database(project.workspace.database), told)
+    assert {name: told.get(name) for name in query_page.OPTIONAL} == {name: found[name] for name in OPT_IN}
+    assert not [place for place, said in words.items() if place[0] in OPT_IN and said in ("", query_page.UNKNOWN)]
 
 
 def test_an_engine_that_can_not_draft_says_so_in_the_record(project: Project, online: Online) -> None:
@@ -125,7 +139,7 @@ def test_an_engine_that_can_not_draft_says_so_in_the_record(project: Project, on
         record = project.refresh()
     finally:
         online.refusal = None
-    assert record.ok and {i.partition("[")[0] for i in record.ran} == {"speculation", "tables"}
+    assert record.ok and {i.partition("[")[0] for i in record.ran} == {"speculation", "frontier", "tables"}
     assert online.engines == [False, True] * 3
     report = project.workspace.shelf.value("speculation", SCENARIO)["report"]
     assert report["unsupported"] == "NotImplementedError: no drafts on abacuses" and report["batches"] == []
@@ -133,6 +147,8 @@ def test_an_engine_that_can_not_draft_says_so_in_the_record(project: Project, on
         latest = instance.get_latest_materialization_event(make_plan(project.root, project.profile).key("speculation"))
     metadata = latest.asset_materialization.metadata  # type: ignore[union-attr]
     assert metadata["what_would_work"].value == ALTERNATIVES and "abacuses" in metadata["unsupported"].value
+    page = read_page(project)
+    assert "no drafts on abacuses" in page and ALTERNATIVES in page and "50.0%" not in page and "Under load" in page
     with pytest.raises(duckdb.CatalogException):
         rows(project, "SELECT * FROM speculation")  # numbers of a former measurement would pass for this one's
 

@@ -12,7 +12,8 @@ from PIL import Image
 from puzzle_dag.report import pictures
 from puzzle_dag.report.graph import draw_graph, implied_edges, place_nodes, rank_nodes
 from puzzle_dag.report.html import Picture, Section, Table, data_image, markdown_image, render_page
-from puzzle_dag.report.scenario import ConstraintFact, ScenarioFacts, ServedFact, TaskFact, render_overview, render_scenario
+from puzzle_dag.report.online import load_marks
+from puzzle_dag.report.scenario import ConstraintFact, LoosenedFact, ScenarioFacts, ServedFact, TaskFact, render_overview, render_scenario
 from puzzle_dag.report.tables import format_bytes, format_quantity, format_seconds, markdown_table, text_table
 
 ATTENTIONS = ("kv8", "kv4", "kv2", "kv1", "linear", "noop")
@@ -148,6 +149,11 @@ def facts() -> ScenarioFacts:
         constraints=[
             ConstraintFact(name="throughput_tokens_per_s", bound="at least 1.5 x parent", limit=1500, parent=1000, predicted=1520.4)
         ],
+        optimised="kl",
+        loosened=[
+            LoosenedFact(name="memory_bytes", side="at_most", bound=2**30, change=2**29, value=0.0834, gain=0.0401, is_binding=True),
+            LoosenedFact(name="ttft_s", side="at_most", bound=0.5, change=0.025, value=0.1235, gain=0.0, is_binding=False),
+        ],
         solver={"status": "optimal", "objective": 0.1234567891, "gap": 0.0},
         blocks=["kv4/w384", "noop/w768"],
         parent_block="kv8/w768",
@@ -156,7 +162,32 @@ def facts() -> ScenarioFacts:
         tasks=[TaskFact(task="skill_copy", metric="acc", parent=1.0, child=0.98, retention=0.973, stderr=0.0041)],
         uptrain_curves={"total": [(0, 1.0), (1000, 0.5)]},
         retention_floor=0.9,
+        load=[load_level("parent", 4, 1000.0, None), load_level("throughput-1.5x", 4, 1400.0, 1.4)],
+        output_length=11,
+        speculation={
+            "batches": [
+                {
+                    "batch": 2,
+                    "parent_s": 1.0,
+                    "speculative_s": 0.8,
+                    "speedup": 1.25,
+                    "speedup_low": 1.2,
+                    "speedup_high": 1.3,
+                    "acceptance_rate": 0.625,
+                    "tokens_per_step": 3.5,
+                    "same_tokens": 1.0,
+                }
+            ],
+            "drafted_at_a_time": 4,
+        },
     )
+
+
+def load_level(model: str, concurrency: int, rate: float, speedup: float | None) -> dict[str, object]:
+    seconds = {f"{n}_{s}_s": 0.25 for n in ("ttft", "tpot", "latency") for s in ("median", "p99")}
+    predicted = {"predicted_throughput_tokens_per_s": 1.1 * rate, "predicted_ttft_s": 0.1, "predicted_tpot_s": 0.02}
+    interval = {"speedup": speedup, "speedup_low": speedup and 0.9 * speedup, "speedup_high": speedup and 1.1 * speedup}
+    return {"model": model, "concurrency": concurrency, "throughput_tokens_per_s": rate, **seconds, **predicted, **interval}
 
 
 def assert_self_contained(page: str) -> None:
@@ -169,13 +200,27 @@ def test_scenario_page_shows_every_number_and_escapes_text():
     for shown in ("1,500 tokens/s", "1,520 tokens/s", "0.123457", "1.490 (1.450 to 1.530)", "0.0912", "97.3 ± 0.4 %", "commit abc"):
         assert shown in page
     assert "&lt;tokens&gt;" in page and "<tokens>" not in page
-    assert page.count("<img") == 3
+    for shown in ("512.0 MiB", "0.0401", "nothing: it does not bind", "1.400 (1.260 to 1.540)", "1,540 tokens/s", "1.250 (1.200", "62.5%"):
+        assert shown in page
+    assert page.count("<img") == 4
     assert_self_contained(page)
 
 
 def test_scenario_page_leaves_out_what_there_is_not():
     page = render_scenario(ScenarioFacts(name="new", profile="tiny", target="cpu-chat"))
     assert "<h2>" not in page and "<h1>new</h1>" in page
+
+
+def test_a_child_that_can_not_draft_is_told_of_in_words():
+    page = render_scenario(ScenarioFacts(name="n", profile="p", target="t", speculation={"batches": [], "unsupported": "no <drafts>"}))
+    assert "can&#x27;t run this child as a draft model: no &lt;drafts&gt;" in page
+
+
+def test_a_load_curves_prediction_is_the_first_token_and_all_that_follow():
+    mark = load_marks([load_level("parent", 4, 1000.0, None)], output_length=11)["parent"][0]
+    assert mark.predicted_latency_s == pytest.approx(0.1 + 10 * 0.02) and mark.predicted_throughput_tokens_per_s == 1100.0
+    unknown = {**load_level("parent", 4, 1000.0, None), "predicted_tpot_s": None}
+    assert load_marks([unknown], output_length=11)["parent"][0].predicted_latency_s is None
 
 
 def test_overview_page_adds_up_the_stages_and_links_the_scenarios():

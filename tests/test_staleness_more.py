@@ -87,7 +87,7 @@ def test_another_floor_judges_again_and_grades_nothing(project: Project) -> None
         assert latest.dagster_event.asset_check_evaluation_data.metadata["floor"].value == 1.0
     again = project.refresh()
     assert again.ran == [] and names(again, "checked") == set()
-    project.edit(file, retention_floor=0.01)
+    project.edit(file, retention_floor=0.02)
     assert names(project.refresh(), "checked") == {"accuracy[micro-small]", "serving[micro-small]"}
 
 
@@ -261,7 +261,7 @@ def test_auto_mode_judges_alone_what_has_no_verdict_of_today(project: Project, m
         daemon = Daemon(project, instance)
         assert daemon.tick() == set()
         # A floor makes no asset stale but its file's; the check that goes by it is judged anew, once.
-        project.edit(file, retention_floor=0.01)
+        project.edit(file, retention_floor=0.02)
         waves = [daemon.tick() for _ in range(4)]
         assert waves[0] == {"scenario_spec[micro-light]"} and retention in waves[1] and waves[2:] == [set(), set()], waves
         assert not any("[" in w and ":" not in w for wave in waves[1:] for w in wave), waves

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from puzzle_dag.report.html import Picture, Section, Table, render_page
+from puzzle_dag.report.online import load_section, speculation_section
 from puzzle_dag.report.pictures import DISTILLATION_LOSSES, architecture_map, loss_curve, retention_bars
 from puzzle_dag.report.tables import format_percent, format_quantity, format_seconds
 
@@ -22,6 +24,26 @@ class ConstraintFact:
     """The parent's value."""
     predicted: float
     """The child's value as the cost table predicts it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoosenedFact:
+    """One bound, and what the search gains where it alone is loosened."""
+
+    name: str
+    """Name of the bounded quantity or score."""
+    side: str
+    """"at_least" or "at_most"."""
+    bound: float
+    """The bound, in the unit that the name says."""
+    change: float
+    """By how much it was loosened, in that unit."""
+    value: float
+    """What the objective reaches then."""
+    gain: float
+    """By how much that is better."""
+    is_binding: bool
+    """Whether that is more than the proven gap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +98,10 @@ class ScenarioFacts:
     """What it is for, in words."""
     constraints: Sequence[ConstraintFact] = ()
     """What was asked for and what is predicted."""
+    optimised: str = ""
+    """Name of the objective: a score, or the quantity that is optimised within a budget of it."""
+    loosened: Sequence[LoosenedFact] = ()
+    """What loosening each bound alone buys."""
     solver: Mapping[str, object] = field(default_factory=dict)
     """Status, objective, bound, gap, seconds, batch size, by name."""
     blocks: Sequence[str] = ()
@@ -96,13 +122,21 @@ class ScenarioFacts:
     """Loss name -> (tokens, loss) over the distillation."""
     retention_floor: float | None = None
     """Share of the parent's accuracy that the scenario asks for."""
+    load: Sequence[Mapping[str, Any]] = ()
+    """Parent and child under load: a row a model and concurrency, as `report.online.load_section` takes them."""
+    output_length: int = 1
+    """Generated tokens a request, on the target."""
+    speculation: Mapping[str, Any] = field(default_factory=dict)
+    """The child as a draft model of its parent: arguments of `report.online.speculation_section`; empty where nobody tried."""
 
 
 def render_scenario(facts: ScenarioFacts, *, footer: str = "") -> str:
     """Return the HTML page of one scenario."""
-    sections = [_asked(facts), _architecture(facts), _served(facts), _quality(facts)]
+    sections = [_asked(facts), _architecture(facts), _served(facts), _quality(facts), load_section(facts.load, facts.output_length)]
+    if facts.speculation:
+        sections.append(speculation_section(**facts.speculation))
     subtitle = " · ".join(p for p in (facts.description, f"profile {facts.profile}", f"target {facts.target}") if p)
-    return render_page(facts.name, [s for s in sections if s.tables or s.pictures], subtitle=subtitle, footer=footer)
+    return render_page(facts.name, [s for s in sections if s.tables or s.pictures or s.paragraphs], subtitle=subtitle, footer=footer)
 
 
 def _asked(facts: ScenarioFacts) -> Section:
@@ -114,7 +148,29 @@ def _asked(facts: ScenarioFacts) -> Section:
     if facts.solver:
         shown = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in facts.solver.values()]
         tables.append(Table(tuple(facts.solver), [shown], caption="the solver's answer"))
+    if facts.loosened:
+        tables.append(_loosened(facts))
     return Section("What was asked for", tables=tables)
+
+
+def _loosened(facts: ScenarioFacts) -> Table:
+    """Return what each bound that binds costs; the others are named, for they cost nothing."""
+
+    def amount(value: float) -> str:
+        return format_quantity(facts.optimised, value)
+
+    rows = [
+        (
+            x.name,
+            f"{x.side.replace('_', ' ')} {format_quantity(x.name, x.bound)}",
+            format_quantity(x.name, x.change),
+            amount(x.gain) if x.is_binding else "nothing: it does not bind",
+            amount(x.value),
+        )
+        for x in facts.loosened
+    ]
+    header = ("constraint", "bound", "loosened by", f"buys, {facts.optimised}", f"{facts.optimised} then")
+    return Table(header, rows, caption="what loosening each bound alone would buy, by solving again")
 
 
 def _architecture(facts: ScenarioFacts) -> Section:

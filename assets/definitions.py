@@ -25,6 +25,7 @@ from assets.library import library_assets
 from assets.online import online_assets
 from assets.parent import parent_assets
 from assets.plan import Plan, make_plan
+from assets.predicted import predicted_assets
 from assets.results import result_assets
 from assets.scores import score_assets
 from assets.search import search_assets
@@ -45,6 +46,7 @@ def build_definitions(plan: Plan | ForeignPlan) -> dg.Definitions:
         score_assets,
         cost_assets,
         search_assets,
+        predicted_assets,
         child_assets,
         grading_assets,
         online_assets,

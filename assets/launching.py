@@ -95,7 +95,7 @@ def add_scenario_job(plan: Plan) -> dg.JobDefinition:
         sync_partitions(make_plan(plan.root, plan.profile.name), context.instance)
         context.log.info(f"scenario {scenario.name} is in conf/scenarios and in profile {plan.profile.name}")
         if context.op_config["refresh"]:
-            refresh_and_tell(context, plan, only=scenario.name, select=[f"*[{scenario.name}]", "frontier", "tables"])
+            refresh_and_tell(context, plan, only=scenario.name, select=[f"*[{scenario.name}]", "predicted_frontier", "frontier", "tables"])
 
     @dg.job(
         name=dagster_name("add_scenario", profile, "job"),

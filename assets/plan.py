@@ -24,7 +24,7 @@ GROUPS = {
     "3_library": ("block_library",),
     "4_scores": ("block_scores", "layer_group", "score_table"),
     "5_costs": ("block_costs", "cost_table"),
-    "6_search": ("solution",),
+    "6_search": ("solution", "predicted_frontier"),
     "7_children": ("child", "uptrained_child", "accuracy", "serving", "load_curve", "speculation"),
     "8_results": ("frontier", "tables"),
 }

@@ -10,6 +10,7 @@ from assets.costs import parent_block, read_cost_table
 from assets.facts import frontier_points, ratio_points, read_chain, result_row
 from assets.online import ALTERNATIVES
 from assets.plan import GROUPS, Plan
+from assets.predicted import predicted_pictures
 from puzzle_dag.config import Scenario
 from puzzle_dag.costs.comparison import Comparison
 from puzzle_dag.report.costs import cost_panels, residual_plot
@@ -261,7 +262,8 @@ def write_reports(
     folder = workspace.var / "reports"
     index, results, stages = folder / "index.html", results_table(workspace, facts), stage_seconds(workspace)
     records = [workspace.shelf.find(name) for name in ("score_table", "cost_table")]
-    content = [repr(facts), repr(results), stages, footer, [r.data_version for r in records if r]]
+    foreseen = workspace.shelf.find("predicted_frontier")
+    content = [repr(facts), repr(results), stages, footer, [r.data_version for r in (*records, foreseen) if r]]
     stamp, pages = folder / "stamp", [index, *(folder / f"{f.name}.html" for f in facts)]
     if all(p.exists() for p in (*pages, stamp)) and stamp.read_text() == fingerprint(content):
         return index
@@ -274,6 +276,9 @@ def write_reports(
         results=results,
         stages=stages,
         frontiers=against,
+        predicted=[
+            Picture(png, name.replace("_", " ")) for name, png in predicted_pictures(foreseen.value["rows"] if foreseen else ()).items()
+        ],
         machine=machine,
         pictures=_pictures(workspace) if all(records) else (),
         pages=[(f.name, f"{f.name}.html") for f in facts],

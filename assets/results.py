@@ -15,7 +15,7 @@ from resources.workspace import Workspace
 
 _TABLES = ("library", "scores", "costs", "predictions", "solutions", "solution_pools", "accuracy", "serving", "parent_serving")
 """Tables of one file a partition."""
-_SINGLE_TABLES = ("score_table", "frontier", "parent_accuracy")
+_SINGLE_TABLES = ("score_table", "predicted_frontier", "frontier", "parent_accuracy")
 _SHOWN = (
     "scenario",
     "batch",
@@ -38,7 +38,7 @@ def _frontier_asset(plan: Plan) -> dg.AssetsDefinition:
     @dg.asset(
         **plan.options(
             "frontier",
-            deps=["accuracy", "serving", *plan.opted_in],
+            deps=["predicted_frontier", "accuracy", "serving", *plan.opted_in],
             kinds=("parquet",),
             description="All scenarios side by side: asked for, predicted, measured, graded; a page for each, and one for all.",
         )
@@ -78,7 +78,7 @@ def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
         return found | {path.stem: [path] for path in singles if path.exists()}
 
     description = "All rows in one DuckDB file, built under another name and renamed; the Parquet files are the truth."
-    return tables_asset(plan, sources, deps=["score_table", "cost_table", "frontier", *plan.opted_in], description=description)
+    return tables_asset(plan, sources, deps=["score_table", "cost_table", "predicted_frontier", "frontier", *plan.opted_in], description=description)
 
 
 def result_assets(plan: Plan) -> list[dg.AssetsDefinition]:

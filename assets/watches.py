@@ -9,7 +9,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 - `block_costs` takes what was imported for a target that this machine can't measure.
 - `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.
 - What an engine measured (`block_costs`, `parent_serving`, `serving`) holds for that version of it.
-- `cost_table`, `frontier` and `tables` gather what there is, so a partition that went away counts, too.
+- `cost_table`, `predicted_frontier`, `frontier` and `tables` gather what there is, so a partition that went away counts, too.
 """
 
 import json
@@ -183,15 +183,26 @@ def watch_cost_table(plan: Plan, workspace: Workspace, _: str | None = None) -> 
     return _versions(workspace, "block_costs", workspace.read_profile().targets)
 
 
+def watch_predicted_frontier(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
+    """Return what the search chose for each scenario as it is today, and at which batch size; not how long it took."""
+    found = {}
+    for name in workspace.read_profile().scenarios:
+        spec, solved = workspace.shelf.find("scenario_spec", name), workspace.shelf.find("solution", name)
+        if spec is not None and solved is not None and solved.value["scenario_spec"] == fingerprint(spec.value):
+            found[name] = [solved.data_version, solved.value["solution"]["batch"]]
+    return found
+
+
 def watch_frontier(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
     """Return all that is known of the scenarios that the profile names today."""
     assets = ("scenario_spec", "solution", "uptrained_child", "accuracy", "serving", *plan.opted_in)
-    return {asset: _versions(workspace, asset, workspace.read_profile().scenarios) for asset in assets}
+    known = {asset: _versions(workspace, asset, workspace.read_profile().scenarios) for asset in assets}
+    return {**known, "predicted_frontier": _versions(workspace, "predicted_frontier")}
 
 
 def watch_tables(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
     """Return what the tables are made of."""
-    gathered = {asset: _versions(workspace, asset) for asset in ("score_table", "cost_table", "frontier")}
+    gathered = {asset: _versions(workspace, asset) for asset in ("score_table", "cost_table", "predicted_frontier", "frontier")}
     scenarios = workspace.read_profile().scenarios
     return gathered | {asset: _versions(workspace, asset, scenarios) for asset in plan.opted_in}
 
@@ -209,12 +220,13 @@ WATCHES: dict[str, Watch] = {
     "parent_serving": watch_engine,
     "serving": watch_serving,
     "cost_table": watch_cost_table,
+    "predicted_frontier": watch_predicted_frontier,
     "frontier": watch_frontier,
     "tables": watch_tables,
 }
 """Asset -> its watch."""
 
-GATHERERS = frozenset({"cost_table", "frontier", "tables"})
+GATHERERS = frozenset({"cost_table", "predicted_frontier", "frontier", "tables"})
 """Assets that gather what there is: one failed scenario doesn't keep the others out of the table."""
 
 CHECKS_READ: dict[tuple[str, str], tuple[str, ...]] = {

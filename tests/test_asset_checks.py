@@ -159,6 +159,7 @@ PICTURES = {
     ("solution", SCENARIO): {"picture"},
     ("child", SCENARIO): {"picture"},
     ("uptrained_child", SCENARIO): {"picture"},
+    ("predicted_frontier", None): {f"{TARGET}_{q}" for q in ("throughput_tokens_per_s", "memory_bytes", "latency_s")},
     ("frontier", None): {"quality_against_speed", "quality_against_memory", "quality_against_latency"},
 }
 

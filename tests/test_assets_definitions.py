@@ -34,8 +34,9 @@ EDGES = {
     "accuracy": {"uptrained_child", "parent_accuracy"},
     "parent_serving": {"parent", "target_spec"},
     "serving": {"uptrained_child", "parent_serving"},
-    "frontier": {"accuracy", "serving"},
-    "tables": {"score_table", "cost_table", "frontier"},
+    "predicted_frontier": {"score_table", "cost_table", "solution"},
+    "frontier": {"predicted_frontier", "accuracy", "serving"},
+    "tables": {"score_table", "cost_table", "predicted_frontier", "frontier"},
     **{key: set() for key in ("corpus", "parent", "search_space", "target_spec", "scenario_spec")},
 }
 ON_THE_DEVICE = {"parent_activations", "block_library", "block_scores", "block_costs", "child", "uptrained_child"}

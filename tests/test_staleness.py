@@ -63,7 +63,7 @@ def test_a_known_width_in_one_layer_runs_that_layer_and_measures_nothing(project
     project.edit(project.profile_file, search_space__overrides={0: {"add_ffn": ["w32"]}, 1: {"add_ffn": ["w32"]}})
     record = project.refresh()
     assert record.ok
-    expected = {"search_space[L01]", "block_library[L01]", "block_scores[L01]", "layer_group[G0]", "score_table", "tables"}
+    expected = {"search_space[L01]", "block_library[L01]", "block_scores[L01]", "layer_group[G0]", "score_table", "predicted_frontier", "tables"}
     expected |= {f"solution[{s}]" for s in SCENARIOS}
     followers = with_children(project, before)
     assert set(record.ran) - {"frontier"} == expected | followers
@@ -76,7 +76,7 @@ def test_a_new_width_measures_only_its_own_probes(project: Project, engine: Tick
     project.edit(project.profile_file, search_space__overrides={0: {"add_ffn": ["w32"]}, 1: {"add_ffn": ["w32", "w48"]}})
     record = project.refresh()
     assert record.ok
-    expected = {"search_space[L01]", "block_library[L01]", "block_scores[L01]", "layer_group[G0]", "score_table", "tables"}
+    expected = {"search_space[L01]", "block_library[L01]", "block_scores[L01]", "layer_group[G0]", "score_table", "predicted_frontier", "tables"}
     expected |= {"cost_variants", "block_costs[micro-eager]", "cost_table"} | {f"solution[{s}]" for s in SCENARIOS}
     assert set(record.ran) - {"frontier"} == expected | with_children(project, before)
     assert trained(project, "L01") == ["ffn/w48"]
@@ -91,7 +91,7 @@ def test_a_constraint_runs_only_its_scenario(project: Project, engine: TickingEn
     record = project.refresh()
     assert record.ok and solutions(project)["micro-light"] != before["micro-light"]
     chain = {f"{a}[micro-light]" for a in ("scenario_spec", "solution", "child", *AFTER_A_CHILD)}
-    assert set(record.ran) == chain | {"frontier", "tables"}
+    assert set(record.ran) == chain | {"predicted_frontier", "frontier", "tables"}
     assert engine.probes == []
 
 
@@ -143,10 +143,10 @@ def test_a_deleted_record_is_written_again(project: Project) -> None:
 
 def test_a_removed_scenario_leaves_the_frontier(project: Project) -> None:
     project.edit(project.profile_file, scenarios=["micro-small"])
-    assert set(project.refresh().ran) == {"frontier", "tables"}
+    assert set(project.refresh().ran) == {"predicted_frontier", "frontier", "tables"}
     assert [r["scenario"] for r in project.workspace.shelf.value("frontier")["rows"]] == ["micro-small"]
     project.edit(project.profile_file, scenarios=list(SCENARIOS))
-    assert set(project.refresh().ran) == {"frontier", "tables"}  # what was known of it still holds
+    assert set(project.refresh().ran) == {"predicted_frontier", "frontier", "tables"}  # what was known of it still holds
 
 
 def test_an_infeasible_scenario_fails_alone_and_says_what_can_be_had(project: Project) -> None:
@@ -156,7 +156,7 @@ def test_an_infeasible_scenario_fails_alone_and_says_what_can_be_had(project: Pr
     record = project.refresh()
     assert [str(o.item) for o in record.of("failed")] == ["solution[micro-light]"] and not record.ok
     assert "memory_bytes" in record.of("failed")[0].reasons[0] and "the best value" in record.of("failed")[0].reasons[0]
-    assert set(record.ran) == {"scenario_spec[micro-light]", "frontier", "tables"}
+    assert set(record.ran) == {"scenario_spec[micro-light]", "predicted_frontier", "frontier", "tables"}
     assert failure_metadata(project, "solution")["conflicting"].value == "memory_bytes"
     assert "memory_bytes at most" in str(failure_metadata(project, "solution")["nearest"].value)
     rows = {r["scenario"]: r for r in project.workspace.shelf.value("frontier")["rows"]}
@@ -164,7 +164,8 @@ def test_an_infeasible_scenario_fails_alone_and_says_what_can_be_had(project: Pr
     assert rows["micro-light"]["measured_speedup"] is None and rows["micro-small"]["measured_speedup"] is not None
     file.write_text(feasible)
     restored = project.refresh()
-    assert restored.ok and set(restored.ran) == {"scenario_spec[micro-light]", "frontier", "tables"}  # the former solution holds again
+    # The former solution holds again.
+    assert restored.ok and set(restored.ran) == {"scenario_spec[micro-light]", "predicted_frontier", "frontier", "tables"}
     assert solutions(project) == before
 
 

@@ -23,7 +23,7 @@ from assets.status import describe_status
 from assets.versions import stage_version
 
 SCENARIOS = ("micro-small", "micro-light")
-GATHERED = {"frontier", "tables"}
+GATHERED = {"predicted_frontier", "frontier", "tables"}
 pytestmark = pytest.mark.usefixtures("no_jobs_yet")
 
 

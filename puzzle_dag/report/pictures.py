@@ -213,21 +213,28 @@ def retention_bars(retention: Mapping[str, tuple[float, float]], *, floor: float
     return to_png(figure)
 
 
-def frontier(points: Sequence[FrontierPoint], *, x: str, y: str, title: str = "") -> bytes:
-    """Draw quality against what it costs: the parent, the children that were built, and predicted solutions joined by a line.
+def frontier(
+    points: Sequence[FrontierPoint], *, x: str, y: str, title: str = "", children: str = "children (measured)", is_loss: bool = False
+) -> bytes:
+    """Draw quality against what it costs: the parent, the children, and predicted solutions joined by a line.
 
     Args:
         points: the models; at least one.
         x: name and unit of the horizontal axis.
         y: name and unit of the vertical axis.
         title: written above.
+        children: what the children are called.
+        is_loss: whether y is a loss, 0 for the parent, over orders of magnitude; its axis is then logarithmic but around 0.
     """
     figure, (ax,) = new_figure(6.8, 4.0)
     predicted = sorted((p.x, p.y) for p in points if p.kind == "solution")
     if predicted:
         ax.plot(*zip(*predicted, strict=True), color=MUTED, linewidth=1.2, marker=".", label="solutions (predicted)")
-    _draw_models(ax, [p for p in points if p.kind == "child"], BLUE, "o", "children (measured)")
+    _draw_models(ax, [p for p in points if p.kind == "child"], BLUE, "o", children)
     _draw_models(ax, [p for p in points if p.kind == "parent"], INK, "*", "parent")
+    losses = [p.y for p in points if p.y > 0]
+    if is_loss and losses:
+        ax.set_yscale("symlog", linthresh=max(min(losses), 1e-3 * max(losses)))
     ax.margins(0.14)
     ax.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
     set_labels(ax, title=title, x=x, y=y)

@@ -214,6 +214,7 @@ def render_overview(
     stages: Mapping[str, float],
     machine: Mapping[str, str],
     frontiers: Sequence[Picture] = (),
+    predicted: Sequence[Picture] = (),
     pictures: Sequence[Picture] = (),
     pages: Sequence[tuple[str, str]] = (),
     footer: str = "",
@@ -225,7 +226,8 @@ def render_overview(
         results: the table of results, a row a scenario.
         stages: stage -> seconds.
         machine: what it ran on: name -> value.
-        frontiers: pictures of quality against speed, memory and latency.
+        frontiers: pictures of quality against speed, memory and latency, as measured.
+        predicted: the same from solutions alone, before any child is trained.
         pictures: further pictures, such as the score heat map.
         pages: (scenario, relative address of its page).
         footer: one line at the end.
@@ -233,6 +235,8 @@ def render_overview(
     sections = [Section("Results", tables=[results], links=pages)]
     if frontiers:
         sections.append(Section("The frontier: the parent and its children", pictures=frontiers))
+    if predicted:
+        sections.append(Section("The frontier as predicted, from solutions alone", pictures=predicted))
     if pictures:
         sections.append(Section("What the library and the costs look like", pictures=pictures))
     total = ("all", format_seconds(sum(stages.values())))

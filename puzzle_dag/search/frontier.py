@@ -68,6 +68,7 @@ def sweep(
     constraint: ConstraintName,
     values: Sequence[float],
     earlier: Mapping[str, Scenario] | None = None,
+    time_limit_s: float = 600.0,
     progress: Progress = silent,
 ) -> list[FrontierPoint]:
     """Solve a scenario at each value of one of its bounds, the others as they are.
@@ -80,6 +81,7 @@ def sweep(
         constraint: whose bound is swept.
         values: the bound's values, relative to the parent where the scenario's bound is.
         earlier: as `solve_scenario`.
+        time_limit_s: for each program.
         progress: told the values done.
 
     Returns:
@@ -95,7 +97,7 @@ def sweep(
     for done, value in enumerate(values, start=1):
         start, problem = time.monotonic(), Problem.of(with_bound(scenario, constraint, value), candidates, costs)
         try:
-            outcomes = solve_points(problem, memory=memory, only_best=True)
+            outcomes = solve_points(problem, time_limit_s=time_limit_s, memory=memory, only_best=True)
         except InfeasibleScenarioError as error:
             _log.info("%s, %s %g: %s", scenario.name, constraint, value, error)
         else:

@@ -176,6 +176,11 @@ def minimise(
     return Solver(program, costs).solve(program, is_met=is_met, time_limit_s=time_limit_s)
 
 
+def least_total(program: Program, costs: Floats) -> float:
+    """Return the least total cost that could be if the rows asked for nothing; exact where every item covers one layer, else a bound."""
+    return _least_per_layer(program, costs)[0]
+
+
 def _start(model: highspy.HighsLp) -> highspy.Highs:
     solver = highspy.Highs()
     for name, value in _OPTIONS.items():

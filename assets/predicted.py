@@ -1,0 +1,94 @@
+"""The predicted frontier: what each speed, memory and latency costs in quality, from solutions alone, before any child is trained."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import dagster as dg
+
+from assets.costs import parent_block
+from assets.drawings import page_link
+from assets.facts import read_chain
+from assets.materialise import Stopwatch, materialised, picture, table
+from assets.plan import Plan
+from assets.search import read_costs, read_scores
+from puzzle_dag.progress import ProgressLog
+from resources.rows import write_rows
+from resources.workspace import Workspace
+
+AXES = {
+    "throughput_tokens_per_s": "throughput (parent = 1)",
+    "memory_bytes": "weights and KV cache (parent = 1)",
+    "latency_s": "latency (parent = 1)",
+}
+"""Quantity -> name of its axis."""
+
+
+def predicted_pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
+    """Return summed KL against throughput, memory and latency for each target, by name."""
+    from puzzle_dag.report.pictures import FrontierPoint, frontier
+
+    kinds = {"curve": "solution", "parent": "parent", "scenario": "child"}
+    drawn = {}
+    for target, quantity in dict.fromkeys((r["target"], r["quantity"]) for r in rows):
+        own = [r for r in rows if (r["target"], r["quantity"]) == (target, quantity)]
+        points = [FrontierPoint(r["scenario"] or r["kind"], r["ratio"], r["kl"], kinds[r["kind"]]) for r in own]  # type: ignore[arg-type]
+        batches = "its best batch size" if quantity == "throughput_tokens_per_s" else f"batch {own[0]['batch']}"
+        drawn[f"{target}_{quantity}"] = frontier(
+            points,
+            x=f"{AXES[quantity]}, at {batches}",
+            y="summed KL (nats a token)",
+            title=target,
+            children="children (predicted)",
+            is_loss=True,
+        )
+    return drawn
+
+
+def _predict(plan: Plan, workspace: Workspace) -> list[dict[str, Any]]:
+    """Return the points of every target that a scenario is for and that has costs."""
+    from puzzle_dag.search.predicted import predict_frontier
+    from puzzle_dag.search.solution import Solution
+
+    chains = [read_chain(workspace, name) for name in workspace.read_profile().scenarios]
+    solutions = {c.name: Solution.from_json(c.solution) for c in chains if c.solution is not None}
+    scores, costs, rows = read_scores(workspace), read_costs(plan, workspace), list[dict[str, Any]]()
+    for target in dict.fromkeys(s.target for s in solutions.values()):
+        own = {name: s for name, s in solutions.items() if s.target == target}
+        progress = ProgressLog(f"frontier {target}")
+        rows += [asdict(p) for p in predict_frontier(scores, costs[target], parent_block(plan), own, progress=progress)]
+    return rows
+
+
+def predicted_assets(plan: Plan) -> list[dg.AssetsDefinition]:
+    """Return predicted_frontier."""
+
+    @dg.asset(
+        **plan.options(
+            "predicted_frontier",
+            deps=["score_table", "cost_table", "solution"],
+            stages=["puzzle_dag.search.predicted"],
+            kinds=("highs", "parquet"),
+            description="Summed KL against throughput, memory and latency, from solutions alone: what a constraint will cost.",
+        )
+    )
+    def predicted_frontier(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        time, rows = Stopwatch(), _predict(plan, workspace)
+        path = workspace.tables / "predicted_frontier.parquet"
+        path.unlink(missing_ok=True)  # of former scenarios, where none is solved now
+        shown = ("target", "quantity", "kind", "scenario", "ratio", "value", "batch", "kl", "status")
+        return materialised(
+            context,
+            plan,
+            workspace,
+            {"rows": rows},
+            files=[write_rows(path, rows)] if rows else [],
+            metadata={
+                "page": page_link(plan, "index"),
+                "points": table([{k: r[k] for k in shown} for r in rows]),
+                **{name: picture(drawn, name.replace("_", " ")) for name, drawn in predicted_pictures(rows).items()},
+            },
+            time=time,
+        )
+
+    return [predicted_frontier]

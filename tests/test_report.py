@@ -80,6 +80,7 @@ def test_curves_bars_and_frontier_stay_small():
         pictures.loss_curve({"total": [(i, 1 / (i + 1)) for i in range(500)], "empty": []}),
         pictures.loss_curve({}),
         pictures.frontier(points, x="throughput", y="retention"),
+        pictures.frontier(points, x="throughput", y="summed KL", children="children (predicted)", is_loss=True),
     ):
         assert len(png) < MAX_PNG_BYTES
 
@@ -229,10 +230,11 @@ def test_overview_page_adds_up_the_stages_and_links_the_scenarios():
         results=Table(("scenario", "speed-up"), [("throughput-1.5x", "1.49")]),
         stages={"library": 61.0, "scores": 30.0},
         frontiers=[Picture(pictures.frontier([pictures.FrontierPoint("parent", 1, 1, "parent")], x="x", y="y"), "quality against speed")],
+        predicted=[Picture(pictures.frontier([pictures.FrontierPoint("parent", 1, 0, "parent")], x="x", y="y", is_loss=True), "foreseen")],
         machine={"matmul": "100 GFLOP/s"},
         pages=[("throughput-1.5x", "throughput-1.5x.html")],
     )
-    for shown in ("1 min 31 s", "100 GFLOP/s", 'href="throughput-1.5x.html"', "1.49"):
+    for shown in ("1 min 31 s", "100 GFLOP/s", "from solutions alone", "foreseen", 'href="throughput-1.5x.html"', "1.49"):
         assert shown in page
     assert_self_contained(page)
 

@@ -235,6 +235,7 @@ def frontier(
     losses = [p.y for p in points if p.y > 0]
     if is_loss and losses:
         ax.set_yscale("symlog", linthresh=max(min(losses), 1e-3 * max(losses)))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.margins(0.14)
     ax.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
     set_labels(ax, title=title, x=x, y=y)

@@ -78,7 +78,8 @@ def _tables_asset(plan: Plan) -> dg.AssetsDefinition:
         return found | {path.stem: [path] for path in singles if path.exists()}
 
     description = "All rows in one DuckDB file, built under another name and renamed; the Parquet files are the truth."
-    return tables_asset(plan, sources, deps=["score_table", "cost_table", "predicted_frontier", "frontier", *plan.opted_in], description=description)
+    deps = ["score_table", "cost_table", "predicted_frontier", "frontier", *plan.opted_in]
+    return tables_asset(plan, sources, deps=deps, description=description)
 
 
 def result_assets(plan: Plan) -> list[dg.AssetsDefinition]:

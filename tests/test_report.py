@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from puzzle_dag.report import pictures
+from puzzle_dag.report.canvas import drawn_once
 from puzzle_dag.report.graph import draw_graph, implied_edges, place_nodes, rank_nodes
 from puzzle_dag.report.html import Picture, Section, Table, data_image, markdown_image, render_page
 from puzzle_dag.report.online import load_marks
@@ -33,6 +34,23 @@ def count_colour(png: bytes, colour: str) -> int:
 def random_scores(num_layers: int) -> list[dict[str, float]]:
     rng = random.Random(0)
     return [{f"{a}/{f}": 10 ** rng.uniform(-4, 0.5) for a in ATTENTIONS for f in FFNS} for _ in range(num_layers)]
+
+
+def test_a_picture_is_drawn_again_only_for_other_numbers():
+    drawn = []
+
+    @drawn_once
+    def draw(values, *, title=""):
+        drawn.append(list(values))
+        return f"{title}{drawn[-1]}".encode()
+
+    assert draw([1.0, 2.0]) == draw([1.0, 2.0]) == b"[1.0, 2.0]" and len(drawn) == 1
+    assert draw([1.0, 2.0000000000000004]) == b"[1.0, 2.0000000000000004]" and draw([1.0, 2.0], title="t") == b"t[1.0, 2.0]"
+    assert draw(iter([3.0])) == b"[3.0]" and draw(iter([4.0])) == b"[4.0]"  # iterators look alike
+    assert draw(np.arange(5000.0)) != draw(np.arange(5000.0) + (np.arange(5000) == 2000))  # and so do long arrays
+    for number in range(200):
+        assert draw([number]) == f"[{number}]".encode()
+    assert draw([1.0, 2.0]) == b"[1.0, 2.0]" and drawn.count([1.0, 2.0]) == 3  # the oldest make room
 
 
 @pytest.mark.parametrize("num_layers", [1, 6, 80])

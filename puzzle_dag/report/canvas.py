@@ -1,8 +1,10 @@
 """The one look of all pictures: figures without global state, a small palette, and PNG bytes small enough for an event log."""
 
+import hashlib
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,6 +31,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DOTS_PER_INCH = 110
 _PLACES = ((7, 6, "left"), (7, -13, "left"), (-7, 6, "right"), (-7, -13, "right"), (7, 20, "left"), (7, -27, "left"), (-7, 20, "right"))
 _NUM_COLOURS = 160
+_MOST_KEPT = 64
+_UNSAID = (" at 0x", "array(")
+_Arguments = ParamSpec("_Arguments")
 
 
 def new_figure(width_inches: float, height_inches: float, num_columns: int = 1) -> tuple[Figure, list[Axes]]:
@@ -93,6 +98,29 @@ def name_points(ax: Axes, points: Sequence[tuple[str, float, float]]) -> None:
                 break
         assert best is not None
         taken.append(best[2])
+
+
+def drawn_once(draw: Callable[_Arguments, bytes]) -> Callable[_Arguments, bytes]:
+    """Keep the last pictures of a function by what they were drawn from: pages show again what an asset's metadata shows.
+
+    A refresh writes every scenario's page anew, most of them from the same numbers as before, and drawing is what takes
+    its time. Arguments that don't say all that they hold, iterators and arrays, are drawn each time.
+    """
+    kept: dict[bytes, bytes] = {}
+
+    @wraps(draw)
+    def draw_or_find(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> bytes:
+        said = repr((args, sorted(kwargs.items())))
+        if any(words in said for words in _UNSAID):
+            return draw(*args, **kwargs)
+        key = hashlib.sha256(said.encode()).digest()
+        if key not in kept:
+            while len(kept) >= _MOST_KEPT:
+                del kept[next(iter(kept))]
+            kept[key] = draw(*args, **kwargs)
+        return kept[key]
+
+    return draw_or_find
 
 
 def to_png(figure: Figure) -> bytes:

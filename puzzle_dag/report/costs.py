@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from puzzle_dag.report.canvas import BLUE, GREEN, GRID, INK, MUTED, ORANGE, new_figure, set_labels, to_png
+from puzzle_dag.report.canvas import BLUE, GREEN, GRID, INK, MUTED, ORANGE, drawn_once, new_figure, set_labels, to_png
 
 
 class CostPoint(Protocol):
@@ -93,6 +93,7 @@ def _draw_panel(ax: Axes, rows: Sequence[CostPoint], phase: str, batches: Sequen
     ax.grid(True, color=GRID, linewidth=0.6)
 
 
+@drawn_once
 def cost_panels(rows: Sequence[CostPoint], *, title: str) -> bytes:
     """Draw the seconds a layer against the batch size: a panel a variant, prefill above decode, one scale a phase.
 
@@ -118,6 +119,7 @@ def cost_panels(rows: Sequence[CostPoint], *, title: str) -> bytes:
     return to_png(figure)
 
 
+@drawn_once
 def residual_plot(comparisons: Sequence[PredictionPoint], *, title: str = "") -> bytes:
     """Draw the prediction's error against the seconds measured, a point a model and batch size, prefill beside the total.
 

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.patches import Rectangle
 
-from puzzle_dag.report.canvas import BLUE, INK, MUTED, name_points, new_figure, set_labels, to_png
+from puzzle_dag.report.canvas import BLUE, INK, MUTED, drawn_once, name_points, new_figure, set_labels, to_png
 from puzzle_dag.report.html import Picture, Section, Table, render_page
 
 _MAX_LABELS = 60
@@ -17,6 +17,7 @@ def _label(name: str) -> str:
     return name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
 
 
+@drawn_once
 def variant_map(
     grid: Mapping[str, Mapping[str, float]], *, chosen: Mapping[str, str] | None = None, label: str = "", title: str = ""
 ) -> bytes:
@@ -57,6 +58,7 @@ def variant_map(
     return to_png(figure)
 
 
+@drawn_once
 def trade_off(sweep: Sequence[tuple[float, float]], points: Mapping[str, tuple[float, float]], *, x: str, y: str, title: str = "") -> bytes:
     """Draw what a bound costs: the least sum of y at each bound of x as a line, each scenario's solution as a named point.
 

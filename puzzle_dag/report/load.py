@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from puzzle_dag.report.canvas import LINES, new_figure, set_labels, to_png
+from puzzle_dag.report.canvas import LINES, drawn_once, new_figure, set_labels, to_png
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class LoadMark:
     """What the cost table says."""
 
 
+@drawn_once
 def load_curves(curves: Mapping[str, Sequence[LoadMark]], *, title: str = "") -> bytes:
     """Draw a line a model through its concurrencies: latency to the right, throughput upwards; predictions hollow and dashed.
 

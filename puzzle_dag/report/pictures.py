@@ -20,6 +20,7 @@ from puzzle_dag.report.canvas import (
     INK,
     MUTED,
     ORANGE,
+    drawn_once,
     line_look,
     name_points,
     new_figure,
@@ -63,6 +64,7 @@ def _short(value: float) -> str:
     return f"{value:.0e}".replace("e-0", "e-") if abs(value) < 0.001 else f"{value:.3f}".lstrip("0") if abs(value) < 1 else f"{value:.2g}"
 
 
+@drawn_once
 def architecture_map(
     blocks: Sequence[str],
     *,
@@ -115,6 +117,7 @@ def architecture_map(
     return to_png(figure)
 
 
+@drawn_once
 def score_heat_map(scores: Sequence[Mapping[str, float]], *, title: str = "", label: str = "KL divergence (nats a token)") -> bytes:
     """Draw what every block costs in quality: a row a layer, a column a block, colour on a logarithmic scale.
 
@@ -149,6 +152,7 @@ def score_heat_map(scores: Sequence[Mapping[str, float]], *, title: str = "", la
     return to_png(figure)
 
 
+@drawn_once
 def loss_bars(losses: Mapping[str, tuple[float, float]], *, title: str = "", x: str = "loss (share of the output's energy)") -> bytes:
     """Draw the loss of every variant as initialised and after training, one pair of bars each, on a logarithmic axis.
 
@@ -173,6 +177,7 @@ def loss_bars(losses: Mapping[str, tuple[float, float]], *, title: str = "", x: 
     return to_png(figure)
 
 
+@drawn_once
 def loss_curve(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: str = "", x: str = "tokens", y: str = "loss") -> bytes:
     """Draw losses over training.
 
@@ -195,6 +200,7 @@ def loss_curve(curves: Mapping[str, Sequence[tuple[float, float]]], *, title: st
     return to_png(figure)
 
 
+@drawn_once
 def retention_bars(retention: Mapping[str, tuple[float, float]], *, floor: float | None = None, title: str = "") -> bytes:
     """Draw the share of the parent's accuracy that a child keeps, a bar a task, with its standard error.
 
@@ -224,6 +230,7 @@ def retention_bars(retention: Mapping[str, tuple[float, float]], *, floor: float
     return to_png(figure)
 
 
+@drawn_once
 def frontier(
     points: Sequence[FrontierPoint], *, x: str, y: str, title: str = "", children: str = "children (measured)", is_loss: bool = False
 ) -> bytes:

@@ -1,12 +1,14 @@
 """The predicted frontier against brute force: no architecture is as fast, or as small, and scores better than the curve."""
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
 from search_instances import PARENT, SECONDS, TABLE, make_scenario, plain_value, simple_costs, simple_table
 
 from puzzle_dag.architecture import Architecture, Block
+from puzzle_dag.piece_costs import PieceCost
 from puzzle_dag.search.predicted import QUANTITIES, PredictedPoint, predict_frontier
 from puzzle_dag.search.solve import solve_scenario
 
@@ -59,3 +61,11 @@ def test_a_solution_that_minimised_something_else_is_placed_by_its_divergence() 
     kl = {(s.layer, s.block): s.kl for layer in SCORES for s in layer}
     placed = [p for p in predict_frontier(SCORES, COSTS, PARENT, {"x": solution}, num_points=1) if p.kind == "scenario"]
     assert {p.kl for p in placed} == {math.fsum(kl[c.layer, c.block] for c in solution.choices)}
+
+
+def test_a_model_that_is_said_to_take_no_time_is_no_point() -> None:
+    """Noise can swallow all that a small model takes; its throughput would be infinite, which no table and no picture can show."""
+    nothing = PieceCost(1, 2, 0, {batch: {"prefill": 0.0, "decode": 0.0} for batch in COSTS.batch_sizes})
+    points = predict_frontier(SCORES, replace(COSTS, constant=nothing), PARENT, {"fast": SOLUTION}, num_points=6)
+    assert {p.quantity for p in points} == set(QUANTITIES) and all(math.isfinite(p.value + p.ratio) for p in points)
+    assert max(p.kl for p in points) > SOLUTION.objective, "the curve goes on beyond the scenario"

@@ -112,7 +112,8 @@ def predict_frontier(
             if kl is not None:
                 batch = solution.batch if side == "at_least" else reference
                 points.append(point("scenario", kl, batch, solution.architecture, scenario=name, status=solution.status, gap=solution.gap))
-    return points
+    # On a tiny model noise swallows whole layers: what is left is said to take no time, which is no point of a frontier.
+    return [p for p in points if math.isfinite(p.value)]
 
 
 def _point(

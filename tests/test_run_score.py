@@ -1,10 +1,11 @@
 """Scores of runs against plain models: the parent with several layers replaced, run whole, in the plainest code."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from score_cache import Cache
 from torch import Tensor
 
 from puzzle_dag.architecture import FFN, Attention, Block, Run
@@ -22,29 +23,6 @@ PARENT_BLOCK = Block(Attention("gqa", 4), FFN("swiglu", 96))
 NUM_LAYERS = 4
 FROM_FIRST = tuple(Run(0, last, kind) for last in (1, 2, 3) for kind in ("drop", "fuse"))
 FROM_SECOND = tuple(Run(1, last, kind) for last in (2, 3) for kind in ("drop", "fuse"))
-
-
-@dataclass
-class Cache:
-    states: list[Tensor]
-    rows: Tensor
-    reads: list[int] = field(default_factory=list)
-    digest: str = "activations"
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.states) - 1
-
-    def num_rows(self, split: str) -> int:
-        return len(self.rows)
-
-    def tokens(self, split: str) -> Tensor:
-        assert split == "score", "scores must not be taken on what was trained on"
-        return self.rows
-
-    def hidden(self, split: str, boundary: int, *, start: int = 0, stop: int | None = None) -> Tensor:
-        self.reads.append(boundary)
-        return self.states[boundary][start:stop]
 
 
 @pytest.fixture(params=["llama", "sliding"])

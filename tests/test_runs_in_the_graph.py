@@ -3,13 +3,12 @@
 The project is shared; each test leaves it up to date. Only the engine is arithmetic.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import duckdb
 import pytest
 import torch
-from micro_project import Project, copy_project
+from micro_project import Project
 from ticking_engine import TickingEngine
 
 from assets.plan import OPT_IN_SCORES
@@ -25,23 +24,7 @@ TASKS = {"tasks": ["skill_copy", "skill_facts"], "num_items": 4, "batch_size": 4
 AFTER_SCORES = {"layer_group[G0]", "score_table"}
 LAYERS = ("L00", "L01")
 
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TickingEngine]:
-    with pytest.MonkeyPatch.context() as patch:
-        found = TickingEngine()
-        found.install(patch)
-        yield found
-
-
-@pytest.fixture(scope="module")
-def project(refreshed_project: Project, tmp_path_factory: pytest.TempPathFactory, engine: TickingEngine) -> Project:
-    return copy_project(refreshed_project, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(autouse=True)
-def quiet(engine: TickingEngine) -> None:
-    engine.jobs.clear()
+pytestmark = pytest.mark.usefixtures("no_jobs_yet")
 
 
 def assets_of(record: RefreshRecord) -> set[str]:

@@ -1,10 +1,10 @@
 """Scores against plain models: a child with one block exchanged, run whole, in the plainest code."""
 
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from score_cache import Cache
 from torch import Tensor
 
 from puzzle_dag.architecture import FFN, Attention, Block, LayerSpace
@@ -21,30 +21,6 @@ SPACE = LayerSpace(
     (Attention("gqa", 2), Attention("gqa", 4), Attention("linear"), Attention("noop")),
     (FFN("linear"), FFN("noop"), FFN("swiglu", 32), FFN("swiglu", 96)),
 )
-
-
-@dataclass
-class Cache:
-    states: list[Tensor]
-    rows: Tensor
-    reads: list[int] = field(default_factory=list)
-    digest: str = "activations"
-
-    @property
-    def num_layers(self) -> int:
-        return len(self.states) - 1
-
-    def num_rows(self, split: str) -> int:
-        return len(self.rows)
-
-    def tokens(self, split: str) -> Tensor:
-        assert split == "score", "scores must not be taken on what was trained on"
-        return self.rows
-
-    def hidden(self, split: str, boundary: int, *, start: int = 0, stop: int | None = None) -> Tensor:
-        assert split == "score"
-        self.reads.append(boundary)
-        return self.states[boundary][start:stop]
 
 
 @pytest.fixture(params=["llama", "sliding"])

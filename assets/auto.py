@@ -16,12 +16,20 @@ import dagster as dg
 from assets.plan import Plan, dagster_name
 
 
-class NextToRun(dg.AutomationCondition):  # type: ignore[type-arg]
-    """True for each partition that is stale, with nothing stale, failed or blocked among all that it is made from."""
+class _Next(dg.AutomationCondition):  # type: ignore[type-arg]
+    """A condition that asks a profile's refresh what comes next."""
 
     def __init__(self, root: Path, profile: str) -> None:
-        """Ask about the assets of one profile."""
+        """Ask the refresh of one profile."""
         self._root, self._profile = root, profile
+
+    def _result(self, context: dg.AutomationContext, name: str, check: str | None) -> dg.AutomationResult:
+        """Return true for the partitions of an asset, or of one of its checks, that a refresh would come to next."""
+        return _true_for(context, _ready(context.asset_graph_view, self._root, self._profile).get((name, check), ()))
+
+
+class NextToRun(_Next):
+    """True for each partition that is stale, with nothing stale, failed or blocked among all that it is made from."""
 
     @property
     def description(self) -> str:
@@ -30,20 +38,15 @@ class NextToRun(dg.AutomationCondition):  # type: ignore[type-arg]
 
     def evaluate(self, context: dg.AutomationContext) -> dg.AutomationResult:
         """Return the partitions that a refresh would run next. Raises ConfigError: the tick fails and says what to put right."""
-        ready = _ready(context.asset_graph_view, self._root, self._profile).get((context.key.path[-1], None), frozenset())
-        return _result(context, ready)
+        return self._result(context, context.key.path[-1], None)
 
 
-class NextToCheck(dg.AutomationCondition):  # type: ignore[type-arg]
+class NextToCheck(_Next):
     """True for each partition whose asset this tick asks for, else for each that is up to date and not yet judged as it is.
 
     A check that has a condition of its own no longer runs along with its asset by itself, so it is asked for with it.
     Dagster then has it run for the asset's partitions alone; the others come with the next tick.
     """
-
-    def __init__(self, root: Path, profile: str) -> None:
-        """Ask about the checks of one profile."""
-        self._root, self._profile = root, profile
 
     @property
     def description(self) -> str:
@@ -55,11 +58,11 @@ class NextToCheck(dg.AutomationCondition):  # type: ignore[type-arg]
         key = context.key
         asked = context.request_subsets_by_key.get(key.asset_key)
         if asked is not None and not asked.is_empty:
-            return _result(context, asked.expensively_compute_partition_keys() if asked.is_partitioned else {None})
-        return _result(context, _ready(context.asset_graph_view, self._root, self._profile).get((key.asset_key.path[-1], key.name), ()))
+            return _true_for(context, asked.expensively_compute_partition_keys() if asked.is_partitioned else {None})
+        return self._result(context, key.asset_key.path[-1], key.name)
 
 
-def _result(context: dg.AutomationContext, ready: Collection[str | None]) -> dg.AutomationResult:
+def _true_for(context: dg.AutomationContext, ready: Collection[str | None]) -> dg.AutomationResult:
     """Return the result of a condition that is true for these partitions, as far as they are there; None is the whole of an asset."""
     partitions = context.asset_graph.get(context.key).partitions_def
     if partitions is None:

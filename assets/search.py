@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from assets.costs import parent_block
+from assets.costs import parent_block, read_cost_table
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
 from assets.run_scores import read_run_scores
@@ -49,7 +49,6 @@ def read_costs(plan: Plan, workspace: Workspace, *targets: str) -> dict[str, "Pi
         EngineDisagreementError: they were measured with another engine than serves, and the target is strict.
     """
     from puzzle_dag.costs.agreement import check_agreement, find_serving_version
-    from puzzle_dag.costs.table import CostTable
 
     names = workspace.shelf.value("cost_table")["targets"]
     for target in targets:
@@ -58,7 +57,7 @@ def read_costs(plan: Plan, workspace: Workspace, *targets: str) -> dict[str, "Pi
             raise CostsMissingError(
                 f"target {target} has no costs of today; {how} measures it (block_costs[{target}]), or says why it can't"
             )
-    tables = {n: CostTable.read(workspace.tables / "costs" / f"{n}.parquet") for n in names}
+    tables = {name: read_cost_table(workspace, name) for name in names}
     for target in targets:
         check_agreement(tables[target], tables[target].target, find_serving_version(tables[target].target))
     return {n: t.to_piece_costs(plan.shape) for n, t in tables.items()}

@@ -102,6 +102,7 @@ def _run_lm_eval(model: PuzzleDagForCausalLM, tokenizer: Any, settings: Accuracy
     import datasets
     import lm_eval
     import lm_eval.api.task
+    import lm_eval.evaluator
     from lm_eval.tasks import TaskManager
 
     from puzzle_dag.children.shared_context import SharedContextLM
@@ -111,6 +112,8 @@ def _run_lm_eval(model: PuzzleDagForCausalLM, tokenizer: Any, settings: Accuracy
         logging.getLogger(noisy).setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     lm_eval.api.task.tqdm = partial(lm_eval.api.task.tqdm, disable=True)  # one bar a task, of milliseconds, and no option against it
+    # Nobody reads the report on this machine that comes with every answer; pip, compilers and the processor are asked for it, for seconds.
+    lm_eval.evaluator.add_env_info = lambda storage: None
     return lm_eval.simple_evaluate(
         model=SharedContextLM(model, tokenizer, batch_size=settings.batch_size, progress=progress),
         tasks=list(names),

@@ -94,7 +94,7 @@ def ui(refreshed_project: Project, tmp_path_factory: pytest.TempPathFactory) -> 
             time.sleep(0.5)
         yield Ui(project, f"http://127.0.0.1:{port}")
     finally:
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
         try:
             process.wait(30)
         except subprocess.TimeoutExpired:

@@ -60,14 +60,14 @@ def _serve(
         jobs.append({"folder": str(path), "prompts": _prompts(model), "num_new": _NUM_NEW, "options": options, "stock": not plugins})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     arguments = [Path(__file__).with_name("vllm_logprobs.py"), folder / "jobs.json", folder / "out.json"]
-    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    variables = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     if multiprocess:  # each worker is bound to a NUMA node of its own unless told otherwise
         variables |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if not plugins:
         variables["VLLM_PLUGINS"] = ""
     process = subprocess.Popen(
         [sys.executable, *map(str, arguments)],
-        env={**os.environ, **variables, "VLLM_CACHE_ROOT": str(folder / "cache")},
+        env={**os.environ, **variables, "VLLM_CACHE_ROOT": str(folder.parent / "vllm_cache")},
         cwd=folder,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -15,7 +15,7 @@ from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
 def serve(job: dict[str, Any]) -> list[dict[str, Any]]:
     """Generate greedily; return for each prompt the new tokens, their log-probabilities, and the prompt's from its second token on."""
-    engine = LLM(job["folder"], dtype="float32", max_model_len=64, max_num_seqs=4, seed=0, **job["options"])
+    engine = LLM(job["folder"], dtype="float32", max_model_len=64, max_num_seqs=4, seed=0, kv_cache_memory_bytes=2**24, **job["options"])
     sampling = SamplingParams(temperature=0, max_tokens=job["num_new"], ignore_eos=True, logprobs=0, prompt_logprobs=0, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": prompt} for prompt in job["prompts"]], sampling, use_tqdm=False)
     results = []
@@ -38,4 +38,5 @@ def serve(job: dict[str, Any]) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     jobs, out = map(Path, sys.argv[1:])
+    gc.freeze()  # what vLLM imports is hundreds of thousands of objects, and is looked through twice for every engine that ends
     out.write_text(json.dumps([serve(job) for job in json.loads(jobs.read_text())]))

@@ -16,6 +16,7 @@ from assets.heldout import heldout_is_predicted
 from assets.library import space_from_json
 from assets.materialise import table
 from assets.plan import Plan
+from assets.refinement import chosen_solution
 from assets.search import read_costs, read_scores
 from assets.served import Verdict, overall_verdict
 from assets.speed_checks import costs_are_monotone, serves_as_predicted
@@ -69,7 +70,7 @@ def _scores_are_sound(plan: Plan) -> Body:
     return body
 
 
-def _solution_is_feasible(plan: Plan) -> Body:
+def _solution_is_feasible(plan: Plan, asset: str) -> Body:
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
         """Add the costs up again, from the table and not from the solver, and hold them against every limit."""
         from puzzle_dag.search.candidates import placed_digests
@@ -77,7 +78,7 @@ def _solution_is_feasible(plan: Plan) -> Body:
         from puzzle_dag.search.solution import Solution
 
         scenario = workspace.scenario_of(workspace.shelf.value("scenario_spec", context.partition_key))
-        solution = Solution.from_json(workspace.shelf.value("solution", context.partition_key)["solution"])
+        solution = Solution.from_json(workspace.shelf.value(asset, context.partition_key)["solution"])
         costs, parent = read_costs(plan, workspace, *scenario.targets), parent_architecture(plan)
         broken, rows = [], []
         for limit in scenario_limits(scenario, costs, solution.batch_sizes, parent):
@@ -114,7 +115,7 @@ def _child_is_as_assembled(plan: Plan) -> Body:
         from puzzle_dag.children.assemble import build_child
         from puzzle_dag.model.checkpoint import load_checkpoint
 
-        solution = workspace.shelf.value("solution", context.partition_key)["solution"]
+        solution = chosen_solution(workspace, context.partition_key)
         folder = checkpoint_folder(workspace, "child", workspace.shelf.value("child", context.partition_key))
         rows = load_file(workspace.var / "tokens.safetensors")["heldout"][:2]
         with workspace.device(), torch.inference_mode():
@@ -171,12 +172,15 @@ def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
 
 def _blocking_checks(plan: Plan) -> list[_Check]:
     layers, scenarios = plan.partitions.layers, plan.partitions.scenarios
-    library, scores = _library_is_complete(plan), _scores_are_sound(plan)
-    feasible, assembled = _solution_is_feasible(plan), _child_is_as_assembled(plan)
+    library, scores, assembled = _library_is_complete(plan), _scores_are_sound(plan), _child_is_as_assembled(plan)
+    feasible = [
+        (asset, "feasible", scenarios, _solution_is_feasible(plan, asset), "The chosen pieces, added up again, meet every constraint.")
+        for asset in dict.fromkeys(("solution", plan.chosen))
+    ]
     return [
         ("block_library", "complete", layers, library, "Every variant of the space is there, its loss finite."),
         ("block_scores", "sound", layers, scores, "Scores are finite, and the parent's own block scores 0."),
-        ("solution", "feasible", scenarios, feasible, "The chosen pieces, added up again, meet every constraint."),
+        *feasible,
         ("child", "as_assembled", scenarios, assembled, "The checkpoint gives the assembled child's logits bit for bit."),
     ]
 

@@ -10,6 +10,7 @@ import dagster as dg
 from assets.drawings import architecture_picture, page_link
 from assets.materialise import Stopwatch, files_below, materialised, picture, table
 from assets.plan import Plan
+from assets.refinement import chosen_solution
 from assets.run_scores import fused_pieces
 from assets.versions import stage_version
 from puzzle_dag.architecture import Architecture, Block, layer_key
@@ -78,7 +79,7 @@ def _child_asset(plan: Plan) -> dg.AssetsDefinition:
     @dg.asset(
         **plan.options(
             "child",
-            deps=["solution", "parent", "tokens"],
+            deps=[plan.chosen, "parent", "tokens"],
             stages=stages,
             partitions=plan.partitions.scenarios,
             kinds=("huggingface", "safetensors"),
@@ -90,7 +91,7 @@ def _child_asset(plan: Plan) -> dg.AssetsDefinition:
         from puzzle_dag.children.assemble import assemble_child
         from puzzle_dag.model.chat_template import inherit_chat_template
 
-        solution = workspace.shelf.value("solution", context.partition_key)["solution"]
+        solution = chosen_solution(workspace, context.partition_key)
         pieces = chosen_pieces(workspace, solution["choices"])
         architecture = chosen_architecture(solution)
         with workspace.device():

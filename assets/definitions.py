@@ -26,6 +26,7 @@ from assets.online import online_assets
 from assets.parent import parent_assets
 from assets.plan import Plan, make_plan
 from assets.predicted import predicted_assets
+from assets.refinement import refinement_assets
 from assets.results import result_assets
 from assets.run_scores import run_score_assets
 from assets.scores import score_assets
@@ -50,6 +51,7 @@ def build_definitions(plan: Plan | ForeignPlan) -> dg.Definitions:
         score_assets,
         cost_assets,
         search_assets,
+        refinement_assets,
         predicted_assets,
         child_assets,
         grading_assets,

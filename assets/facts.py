@@ -23,7 +23,10 @@ class Chain:
     name: str
     """The scenario."""
     spec: Mapping[str, Any] | None
+    searched: Mapping[str, Any] | None
+    """What the search found."""
     solution: Mapping[str, Any] | None
+    """What the child is made from: the same, or what a refinement made of it."""
     child: Mapping[str, Any] | None
     uptrained: Mapping[str, Any] | None
     accuracy: Mapping[str, Any] | None
@@ -45,7 +48,10 @@ def read_chain(workspace: Workspace, name: str) -> Chain:
 
     spec = value("scenario_spec")
     solved = after(spec, "solution", "scenario_spec", fingerprint)
-    solution = None if solved is None else solved["solution"]
+    searched = None if solved is None else solved["solution"]
+    refined = after(searched, "refinement", "from", lambda s: s["digest"])
+    asks_for_refinement = workspace.read_profile().refinement is not None
+    solution = searched if not asks_for_refinement else None if refined is None else refined["solution"]
     child = after(solution, "child", "solution", lambda s: s["digest"])
     uptrained = after(child, "uptrained_child", "child", lambda c: c["digest"])
     accuracy = after(uptrained, "accuracy", "uptrained_child", lambda u: u["digest"])
@@ -55,7 +61,7 @@ def read_chain(workspace: Workspace, name: str) -> Chain:
         return found if found is not None and spec is not None and found["target"] == spec["target"] else None
 
     beyond = (measured(asset) for asset in ("serving", "load_curve", "speculation"))
-    return Chain(name, spec, solution, child, uptrained, accuracy, *beyond)
+    return Chain(name, spec, searched, solution, child, uptrained, accuracy, *beyond)
 
 
 def _speedup(chain: Chain) -> Mapping[str, Any]:

@@ -12,6 +12,7 @@ from assets.costs import read_cost_table
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
 from assets.predictions import predict_seconds
+from assets.refinement import chosen_solution
 from assets.served import constraint_rows, measured_constraints
 from assets.versions import stage_version
 from puzzle_dag.progress import ProgressLog
@@ -220,7 +221,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
     def serving(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         time, name = Stopwatch(), context.partition_key
         scenario, child = workspace.read_scenario(name), workspace.shelf.value("uptrained_child", name)
-        spec, solution = workspace.shelf.value("target_spec", scenario.target), workspace.shelf.value("solution", name)["solution"]
+        spec, solution = workspace.shelf.value("target_spec", scenario.target), chosen_solution(workspace, name)
         predicted = _predict(plan, workspace, name, scenario.target)
         checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
         served = _serve(workspace, spec, {name: (child["digest"], checkpoint)}, predicted)

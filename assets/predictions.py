@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from assets.children import chosen_architecture
 from assets.costs import parent_architecture
 from assets.plan import Plan
+from assets.refinement import chosen_solution
 from puzzle_dag.piece_costs import Phase
 from resources.workspace import Workspace
 
@@ -16,6 +17,6 @@ def predict_seconds(plan: Plan, workspace: Workspace, scenario: str, costs: "Cos
     """Return model ("parent", the scenario's child) -> batch size of the table -> phase -> seconds. Raises CostTableError."""
     from puzzle_dag.costs.table import PHASES
 
-    solution = workspace.shelf.value("solution", scenario)["solution"]
-    models = {"parent": parent_architecture(plan), scenario: chosen_architecture(solution)}
+    child = chosen_architecture(chosen_solution(workspace, scenario))
+    models = {"parent": parent_architecture(plan), scenario: child}
     return {name: {b: {p: costs.seconds(a, b, p) for p in PHASES} for b in costs.batch_sizes} for name, a in models.items()}

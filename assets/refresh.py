@@ -18,7 +18,7 @@ from dagster._core.storage.tags import PARTITION_NAME_TAG
 
 from assets.foreign.library import check_foreign_profile
 from assets.foreign.plan import ForeignPlan
-from assets.plan import OPT_IN_SCORES, Plan
+from assets.plan import OPT_IN_SCORES, OPT_IN_SEARCH, Plan
 from assets.staleness import Item, Staleness
 from assets.watches import GATHERERS
 from puzzle_dag.preflight import activations_bytes, check_profile, require_disk
@@ -31,7 +31,7 @@ State = Literal["fresh", "ran", "checked", "stale", "unchecked", "failed", "wait
 
 ANEW = {
     "retrain": ("block_library", "uptrained_child"),
-    "rescore": ("block_scores", "run_scores", "task_scores"),
+    "rescore": ("block_scores", "run_scores", "task_scores", "refinement"),
     "remeasure": ("block_costs", "parent_serving", "serving"),
     "regrade": ("parent_accuracy", "accuracy"),
 }
@@ -129,7 +129,7 @@ class Refresh:
         self._select, self._anew, self._max_attempts, self._on_outcome = set(select), set(anew), max_attempts, on_outcome
         assets = self._staleness.assets()
         # `--rescore` names all scores that there may be; those that the profile doesn't ask for are no mistake.
-        self._anew -= set(OPT_IN_SCORES) - set(assets)
+        self._anew -= {*OPT_IN_SCORES, *OPT_IN_SEARCH} - set(assets)
         self._remake = {*remake, *self._anew}
         for name in (*self._select, *self._remake):
             if name.partition("[")[0] not in (*assets, "*"):

@@ -2,8 +2,9 @@
 
 Arms, each with and without global distillation (GKD): the integer program (MIP) on the trained library, started in
 closed form; greedy, largest-parameters and random choices from that same library (Puzzle, appendix F.2); the MIP on
-a library without block-wise distillation (BLD); and both again from the paper's initialisations. Everything else is
-equal: the cost table, the tokens, the settings. A seed changes the tokens of every stage and the order of training.
+a library without block-wise distillation (BLD); both again from the paper's initialisations; and the MIP's solutions of all
+four libraries refined with scores taken inside the child. Everything else is equal: the cost table,
+the tokens, the settings. A seed changes the tokens of every stage and the order of training.
 
     python benchmarks/ablation.py --profile quality --scenarios throughput-1.5x-quality throughput-2x-quality
 
@@ -19,7 +20,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,8 @@ from puzzle_dag.piece_costs import PieceCosts
 from puzzle_dag.pieces import LayerPieces
 from puzzle_dag.preflight import resolve_spaces
 from puzzle_dag.search.baselines import greedy_solution, largest_parameters_solution, random_solution
+from puzzle_dag.search.context import Context
+from puzzle_dag.search.refine import refine_solution
 from puzzle_dag.search.score import BlockScore, score_layer
 from puzzle_dag.search.solution import Solution
 from puzzle_dag.search.solve import solve_scenario
@@ -61,16 +64,23 @@ class Arm:
     initialisation: str
     with_bld: bool
     selection: str
+    num_rounds: int = 0
+    """Rounds of refinement."""
 
 
-ARMS = (
+_MIP_ARMS = (
     Arm("MIP, closed form, BLD", "closed_form", True, "mip"),
-    Arm("greedy", "closed_form", True, "greedy"),
-    Arm("largest parameters", "closed_form", True, "largest"),
-    Arm("random", "closed_form", True, "random"),
     Arm("MIP, closed form, no BLD", "closed_form", False, "mip"),
     Arm("MIP, paper's initialisation, BLD", "paper", True, "mip"),
     Arm("MIP, paper's initialisation, no BLD", "paper", False, "mip"),
+)
+ARMS = (
+    _MIP_ARMS[0],
+    Arm("greedy", "closed_form", True, "greedy"),
+    Arm("largest parameters", "closed_form", True, "largest"),
+    Arm("random", "closed_form", True, "random"),
+    *_MIP_ARMS[1:],
+    *(replace(arm, name=f"{arm.name}, refined", num_rounds=3) for arm in _MIP_ARMS),
 )
 
 
@@ -123,15 +133,22 @@ def build_library(bench: Bench, cache: ActivationCache, arm: Arm, seed: int) -> 
     return pieces, scores
 
 
-def select(bench: Bench, scenario: Scenario, arm: Arm, scores: list[list[BlockScore]], seed: int) -> Solution:
-    """Pick the arm's architecture; every selection meets the scenario's constraints."""
+def select(
+    bench: Bench, scenario: Scenario, arm: Arm, cache: ActivationCache, library: tuple[list[LayerPieces], list[list[BlockScore]]], seed: int
+) -> tuple[Solution, Solution]:
+    """Pick the arm's architecture; every selection meets the scenario's constraints. Return what was found, and refined if so asked."""
     choosers: dict[str, Callable[..., Solution]] = {
         "mip": solve_scenario,
         "greedy": greedy_solution,
         "largest": largest_parameters_solution,
         "random": partial(random_solution, seed=seed),
     }
-    return choosers[arm.selection](scores, bench.costs, scenario, bench.parent.block)
+    pieces, scores = library
+    found = choosers[arm.selection](scores, bench.costs, scenario, bench.parent.block)
+    if not arm.num_rounds:
+        return found, found
+    context = Context(bench.parent, bench.spaces, pieces, cache, cache.digest, bench.profile.dtype)
+    return found, refine_solution(found, scores, bench.costs, scenario, context, bench.store, num_rounds=arm.num_rounds).solution
 
 
 def single_kl(bench: Bench, scores: list[list[BlockScore]]) -> dict[str, float]:
@@ -159,7 +176,7 @@ def run_arm(bench: Bench, scenario: Scenario, cache: ActivationCache, arm: Arm, 
     """Return the arm's row: what it picked, what that scores before and after GKD."""
     started = time.perf_counter()
     pieces, scores = build_library(bench, cache, arm, seed)
-    solution = select(bench, scenario, arm, scores, seed)
+    found, solution = select(bench, scenario, arm, cache, (pieces, scores), seed)
     folder = bench.out / f"child-{scenario.name}-{seed}-{ARMS.index(arm)}"
     assemble_child(bench.parent, solution.architecture, pieces, folder)
     rows = bench.tokens("uptrain", bench.uptrain_tokens, seed)
@@ -173,7 +190,7 @@ def run_arm(bench: Bench, scenario: Scenario, cache: ActivationCache, arm: Arm, 
         "arm": arm.name,
         "blocks": [b.name for b in solution.architecture],
         "batch": solution.batch,
-        "summed_score": solution.objective,
+        "summed_score": found.objective,
         "single_kl": single_kl(bench, scores),
         "predicted": solution.predicted,
         "parameters": num_parameters(load_checkpoint(folder)),
@@ -204,7 +221,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 def print_library_table(rows: list[dict[str, Any]]) -> None:
     """Print what each variant alone costs in KL, by how the library was made: mean over layers and seeds."""
-    arms = [arm for arm in ARMS if arm.selection == "mip" and any(r["arm"] == arm.name for r in rows)]
+    arms = [arm for arm in _MIP_ARMS if any(r["arm"] == arm.name for r in rows)]
     by_arm = {arm.name: [r["single_kl"] for r in rows if r["arm"] == arm.name] for arm in arms}
     print("| variant | " + " | ".join(arm.name.removeprefix("MIP, ") for arm in arms) + " |")
     print("|---|" + "---|" * len(arms))
@@ -248,15 +265,18 @@ def main() -> None:
     parser.add_argument("--activation-tokens", type=int, default=65_536)
     parser.add_argument("--score-tokens", type=int, default=6_144)
     parser.add_argument("--uptrain-tokens", type=int, default=65_536)
+    parser.add_argument("--arms", nargs="+", default=[a.name for a in ARMS], metavar="NAME", help="only these (default: all)")
     parser.add_argument("--items", type=int, default=500, help="items a skill")
     args = parser.parse_args()
+    if unknown := set(args.arms) - {arm.name for arm in ARMS}:
+        parser.error(f"--arms: there is no {', '.join(sorted(unknown))}; there are: {'; '.join(arm.name for arm in ARMS)}")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(r["scenario"], r["seed"], r["arm"]) for r in rows}
     bench = prepare(args)
     for seed in range(args.seeds):
-        wanted = [(s, arm) for s in bench.scenarios for arm in ARMS if (s.name, seed, arm.name) not in done]
+        wanted = [(s, arm) for s in bench.scenarios for arm in ARMS if arm.name in args.arms and (s.name, seed, arm.name) not in done]
         cache = collect(bench, seed) if wanted else None
         for scenario, arm in wanted:
             assert cache is not None

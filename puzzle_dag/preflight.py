@@ -190,6 +190,9 @@ def check_scores(scenario: Scenario, profile: Profile, *, file: Path | None = No
             tasks = ", ".join([*graded, unknown[0]])
             fix = f"{hint}To grade every block on it, write `task_scores: {{tasks: [{tasks}]}}` into conf/profiles/{profile.name}.yaml"
             raise _wrong(scenario, file, field, f"names {unknown[0]!r}, which profile {profile.name} doesn't score; {fix}")
+    if profile.refinement is not None and not objective.is_summed_losses:
+        fix = f"minimise {', '.join(LOSSES)} or a sum of these, or take `refinement` out of conf/profiles/{profile.name}.yaml"
+        raise _wrong(scenario, file, "objective", f"can't be refined, for a child in the making isn't measured by it; {fix}")
 
 
 def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> None:

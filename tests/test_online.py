@@ -19,7 +19,7 @@ from ticking_engine import TickingEngine
 from assets.children import CHECKPOINT
 from assets.definitions import build_definitions
 from assets.online import ALTERNATIVES
-from assets.plan import GROUPS, OPT_IN, OPT_IN_SCORES, make_plan
+from assets.plan import CORE, OPT_IN, make_plan
 from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE
 from puzzle_dag.serving import curve, speculate
 from puzzle_dag.serving.load import LoadFailedError, LoadPoint
@@ -129,7 +129,7 @@ def test_an_interrupted_curve_goes_on_and_reaches_the_tables(project: Project, o
 def test_the_page_of_queries_tells_of_both_tables(project: Project) -> None:
     told, words = query_page.read_page(query_page.PAGE.read_text())
     found = query_page.complete(query_page.read_database(project.workspace.database), told)
-    assert {name: told.get(name) for name in query_page.OPTIONAL} == {name: found[name] for name in OPT_IN}
+    assert {name: told.get(name) for name in OPT_IN} == {name: found[name] for name in OPT_IN}
     assert not [place for place, said in words.items() if place[0] in OPT_IN and said in ("", query_page.UNKNOWN)]
 
 
@@ -173,6 +173,5 @@ def test_what_takes_minutes_is_only_there_where_it_is_asked_for(project: Project
         graph = build_definitions(type(plan)(plan.root, profile, plan.shape, plan.partitions)).resolve_asset_graph()
         return {key.path[-1] for key in graph.get_all_asset_keys()}
 
-    every = {name for group in GROUPS.values() for name in group} - set(OPT_IN_SCORES)
-    assert names() == every and names(load_curve=None, speculation=None) == every - set(OPT_IN)
-    assert names(speculation=None) == every - {"speculation"}
+    assert names() == {*CORE, *OPT_IN} and names(load_curve=None, speculation=None) == CORE
+    assert names(speculation=None) == {*CORE, *OPT_IN} - {"speculation"}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from score_cache import Cache
+from score_instances import Cache
 from torch import Tensor
 
 from puzzle_dag.architecture import FFN, Attention, Block, Run

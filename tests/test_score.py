@@ -4,44 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from score_cache import Cache
+from score_instances import PARENT_BLOCK, SPACE, Cache, make_parent, make_pieces
 from torch import Tensor
 
-from puzzle_dag.architecture import FFN, Attention, Block, LayerSpace
+from puzzle_dag.architecture import Block, LayerSpace
 from puzzle_dag.model.checkpoint import child_config
-from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.model.parent import Parent
 from puzzle_dag.pieces import LayerPieces
 from puzzle_dag.search.score import ScoreError, score_layer
 from puzzle_dag.store import Artifact, ArtifactStore, digest_tensors
 
-PARENT_BLOCK = Block(Attention("gqa", 4), FFN("swiglu", 96))
-SPACE = LayerSpace(
-    (Attention("gqa", 2), Attention("gqa", 4), Attention("linear"), Attention("noop")),
-    (FFN("linear"), FFN("noop"), FFN("swiglu", 32), FFN("swiglu", 96)),
-)
-
 
 @pytest.fixture(params=["llama", "sliding"])
 def parent(request: pytest.FixtureRequest) -> Parent:
-    torch.manual_seed(0)
-    kinds = ["full_attention", "sliding_attention", "full_attention"]
-    extra = {"sliding_window": 5, "layer_types": kinds} if request.param == "sliding" else {}
-    config = PuzzleDagConfig(
-        vocab_size=61,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        head_dim=16,
-        initializer_range=0.15,
-        tie_word_embeddings=False,
-        **extra,
-    )
-    model = PuzzleDagForCausalLM(child_config(config, (PARENT_BLOCK,) * 3)).eval()
-    return Parent(model, None, PARENT_BLOCK, "parent", Path(), ("a", "b", "c"))
+    return make_parent(sliding=request.param == "sliding")
 
 
 @pytest.fixture
@@ -50,32 +27,6 @@ def cache(parent: Parent) -> Cache:
     with torch.no_grad():
         out = parent.model.model(input_ids=rows, output_hidden_states=True)
     return Cache([h.bfloat16().float() for h in out.hidden_states], rows)
-
-
-def make_pieces(parent: Parent, layer: int, folder: Path, *, seed: int = 3) -> LayerPieces:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "attention/kv2": {
-            "input_layernorm.weight": (64,),
-            "self_attn.q_proj.weight": (64, 64),
-            "self_attn.k_proj.weight": (32, 64),
-            "self_attn.v_proj.weight": (32, 64),
-            "self_attn.o_proj.weight": (64, 64),
-        },
-        "attention/linear": {"input_layernorm.weight": (64,), "self_attn.linear_attn.weight": (64, 64)},
-        "ffn/w32": {
-            "post_attention_layernorm.weight": (64,),
-            "mlp.gate_proj.weight": (32, 64),
-            "mlp.up_proj.weight": (32, 64),
-            "mlp.down_proj.weight": (64, 32),
-        },
-        "ffn/linear": {"post_attention_layernorm.weight": (64,), "mlp.linear_mlp.weight": (64, 64)},
-    }
-    store, artifacts = ArtifactStore(folder / "pieces"), dict[str, Artifact]()
-    for name, entries in shapes.items():
-        tensors = {n: torch.randn(s, generator=generator) * (1.0 if len(s) == 1 else 0.1) for n, s in entries.items()}
-        artifacts[name] = store.write_tensors("piece", digest_tensors(tensors), tensors, inputs=None)
-    return LayerPieces(layer, artifacts, {"attention/kv4": "own attention", "ffn/w96": "own ffn"})
 
 
 def plain_scores(parent: Parent, layer: int, block: Block, pieces: LayerPieces, cache: Cache) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from micro_project import make_project
 from transformers import AutoModelForCausalLM
 
 from assets.children import CHECKPOINT
-from assets.plan import GROUPS, OPT_IN, OPT_IN_SCORES
+from assets.plan import CORE
 from puzzle_dag.engine.client import VllmMissingError, read_engine_version
 from puzzle_dag.model.checkpoint import register_auto_classes
 
@@ -27,7 +27,7 @@ def test_one_refresh_ends_with_a_served_and_graded_child(micro_parent_folder: Pa
     project.edit(project.profile_file, scenarios=["micro-small"])
     record = project.refresh()
     assert record.ok, [(str(o.item), o.reasons) for o in (*record.of("failed"), *record.of("waits"))]
-    assert {o.item.asset for o in record.outcomes} == {name for names in GROUPS.values() for name in names} - {*OPT_IN, *OPT_IN_SCORES}
+    assert {o.item.asset for o in record.outcomes} == CORE
 
     workspace = project.workspace
     (row,) = workspace.shelf.value("frontier")["rows"]

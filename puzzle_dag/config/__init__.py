@@ -29,6 +29,7 @@ from puzzle_dag.config.profile import (
     read_profile,
 )
 from puzzle_dag.config.reading import At, ConfigError, Name, Settings, check_name, locate, read_settings
+from puzzle_dag.config.refinement import RefinementSettings
 from puzzle_dag.config.scenario import (
     BatchRange,
     Bound,
@@ -65,6 +66,7 @@ __all__ = [
     "ParentSource",
     "PoolSettings",
     "Profile",
+    "RefinementSettings",
     "RunSettings",
     "Scenario",
     "SearchSpaceSettings",

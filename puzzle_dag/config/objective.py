@@ -94,6 +94,11 @@ class Objective(Settings):
         return {next(iter(self.subject_to)): 1.0}
 
     @property
+    def is_summed_losses(self) -> bool:
+        """Whether it is the least of LOSSES alone, without a budget: what a whole child can be measured by as each of its blocks is."""
+        return self.quantity is None and not self.subject_to and set(self.weights) <= set(LOSSES)
+
+    @property
     def score(self) -> str:
         """The summed score in words: "kl", or "kl + 0.5 hellaswag"."""
         terms = [name if weight == 1 else f"{weight:g} {name}" for name, weight in self.weights.items()]

@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 from puzzle_dag.config.foreign import ForeignProfile, is_foreign, read_foreign_profile
 from puzzle_dag.config.online import LoadCurveSettings, SpeculationSettings
 from puzzle_dag.config.reading import ConfigError, Name, Settings, check_name, read_settings
+from puzzle_dag.config.refinement import RefinementSettings
 from puzzle_dag.config.space import SearchSpaceSettings
 
 
@@ -185,6 +186,8 @@ class Profile(Settings):
     """Grading."""
     task_scores: TaskScoreSettings | None = None
     """Grades of each block, alone in the parent, on lm-eval tasks; none unless given."""
+    refinement: RefinementSettings | None = None
+    """Solutions improved with scores taken inside the child; as the search found them unless given."""
     load_curve: LoadCurveSettings | None = None
     """Parent and children behind `vllm serve`, under load; not measured unless given."""
     speculation: SpeculationSettings | None = None
@@ -204,6 +207,8 @@ class Profile(Settings):
     def _other_items(self) -> "Profile":
         if self.task_scores is not None and self.task_scores.seed == self.seed:
             raise ValueError(f"task_scores.seed is {self.seed}, the profile's: blocks would be chosen by the items that grade the children")
+        if self.refinement is not None and self.search_space.runs is not None:
+            raise ValueError("refinement doesn't go with search_space.runs, which are scored in the parent alone; leave one of them out")
         return self
 
 

@@ -30,8 +30,9 @@ class Candidates:
 
     `blocks` are those that a candidate puts into its layers, one for most, several for a run. `different_from` holds
     architectures and the number of layers that an answer must differ from each in; `max_distinct` is how many different
-    blocks it may have. Candidate i is made of the `pieces` that `pieces_of[first_piece[i]:first_piece[i + 1]]` says. `known_sums`
-    keeps what `amounts` has worked out, for the bounds of a sweep differ while the sums stay.
+    blocks it may have, and `near` an architecture and the number of layers that an answer may differ from it in at most. Candidate i is
+    made of the `pieces` that `pieces_of[first_piece[i]:first_piece[i + 1]]` says. `known_sums` keeps what `amounts` has worked out, for the
+    bounds of a sweep differ while the sums stay.
     """
 
     scores: "tuple[BlockScore, ...]"
@@ -44,6 +45,7 @@ class Candidates:
     parent_scores: "tuple[BlockScore, ...]"
     different_from: tuple[tuple[Architecture, int], ...] = ()
     max_distinct: int | None = None
+    near: tuple[Architecture, int] | None = None
     known_sums: dict[tuple[str, str, str, int, int], Floats] = field(default_factory=dict, compare=False)
 
     @staticmethod
@@ -88,6 +90,16 @@ class Candidates:
     def differing(self, architecture: Architecture, num_layers: int) -> "Candidates":
         """Return the same candidates, with an answer that must differ from `architecture` in `num_layers` or more."""
         return replace(self, different_from=(*self.different_from, (architecture, num_layers)))
+
+    def close_to(self, architecture: Architecture, num_layers: int) -> "Candidates":
+        """Return the same candidates, with an answer that may differ from `architecture` in `num_layers` at most."""
+        return replace(self, near=(architecture, num_layers))
+
+    def rescored(self, table: ScoreTable) -> "Candidates":
+        """Return the same candidates with other scores; the structure stays."""
+        scores = {(s.layer, s.block): s for layer in table for s in layer}
+        own = tuple(scores[s.layer, s.block] for s in self.parent_scores)
+        return replace(self, scores=tuple(scores[s.layer, s.block] for s in self.scores), parent_scores=own)
 
     def placed_names(self) -> Iterator[tuple[int, str]]:
         """Yield layer and block for each layer of each candidate."""
@@ -164,13 +176,15 @@ class Candidates:
     def program(self, limits: Sequence[AnyLimit]) -> Program:
         """Return the program that these limits and the structure make."""
         rows = [self.row(limit) for limit in limits]
-        for architecture, least in self.different_from:
-            same = [
-                float(sum(b == architecture[i] for i, b in zip(item.layers, own, strict=True)))
-                for item, own in zip(self.items, self.blocks, strict=True)
-            ]
-            rows.append(Row("difference", np.array(same), upper=self.num_layers - least))
+        rows += [Row("difference", self._kept_of(other), upper=self.num_layers - least) for other, least in self.different_from]
+        if self.near is not None:
+            rows.append(Row("nearness", self._kept_of(self.near[0]), lower=self.num_layers - self.near[1]))
         return Program(self.num_layers, self.items, tuple(rows), self.max_distinct)
+
+    def _kept_of(self, architecture: Architecture) -> Floats:
+        """Return the number of layers in which each candidate is what an architecture has there."""
+        placed = zip(self.items, self.blocks, strict=True)
+        return np.array([float(sum(b == architecture[i] for i, b in zip(item.layers, own, strict=True))) for item, own in placed])
 
     def architecture(self, chosen: Sequence[int]) -> Architecture:
         """Return the architecture of chosen items."""
@@ -186,10 +200,15 @@ class Candidates:
         return is_met
 
     def has_structure(self, chosen: Sequence[int]) -> bool:
-        """Say whether a choice has few enough different blocks and differs enough from what it must differ from."""
+        """Say whether a choice has few enough different blocks, and differs from others in as many layers as it must and may."""
         own = self.architecture(chosen)
+
+        def num_different(other: Architecture) -> int:
+            return sum(a != b for a, b in zip(own, other, strict=True))
+
         few = self.max_distinct is None or len(set(own)) <= self.max_distinct
-        return few and all(sum(a != b for a, b in zip(own, other, strict=True)) >= least for other, least in self.different_from)
+        close = self.near is None or num_different(self.near[0]) <= self.near[1]
+        return few and close and all(num_different(other) >= least for other, least in self.different_from)
 
     def exact_sum(self, costs: Floats, chosen: Sequence[int]) -> float:
         """Return the exact sum of chosen costs, rounded once."""

@@ -1,6 +1,7 @@
-"""From a cached hidden state of the parent to its final states: single layers, replaced ones among them, run on stacked rows."""
+"""From a hidden state to the final ones: single layers, replaced ones among them, run on stacked rows."""
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,9 +44,10 @@ def cast_parent(parent: "Parent", dtype: torch.dtype) -> PuzzleDagForCausalLM:
 class LayerRunner:
     """Runs (half) layers of the parent's shape on stacked states."""
 
-    def __init__(self, model: PuzzleDagForCausalLM, row_length: int) -> None:
-        """Run layers of `model` on rows of `row_length` tokens."""
+    def __init__(self, model: PuzzleDagForCausalLM, row_length: int, replaced: Mapping[int, nn.Module] | None = None) -> None:
+        """Run layers of `model`, some of them replaced by others, on rows of `row_length` tokens; the model stays as it is."""
         self.model = model
+        self.layers = [(replaced or {}).get(index, layer) for index, layer in enumerate(model.model.layers)]
         weight = model.lm_head.weight
         self.probe = torch.zeros(1, row_length, model.config.hidden_size, device=weight.device, dtype=weight.dtype)
         self.position_ids = torch.arange(row_length, device=weight.device).unsqueeze(0)
@@ -65,9 +67,9 @@ class LayerRunner:
         return out
 
     def after(self, index: int, states: Tensor) -> Tensor:
-        """Run the parent's layers after `index`."""
-        for later in range(index + 1, self.model.config.num_hidden_layers):
-            states = self.layer(self.model.model.layers[later], later, states)
+        """Run the layers after `index`, all of them after -1."""
+        for later in range(index + 1, len(self.layers)):
+            states = self.layer(self.layers[later], later, states)
         return states
 
 

@@ -6,11 +6,12 @@ once on all attention outputs, stacked along the batch, and so do the parent's r
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from puzzle_dag.architecture import FFN, Attention, Block, LayerSpace
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM, PuzzleDagLayer
@@ -51,7 +52,8 @@ class BlockScore:
     digest: str
 
 
-def _pair_digest(pieces: LayerPieces, block: Block) -> str:
+def pair_digest(pieces: LayerPieces, block: Block) -> str:
+    """Return the digest of a pair's tensors."""
     return fingerprint([pieces.digest("attention", block.attention.name), pieces.digest("ffn", block.ffn.name)])
 
 
@@ -66,55 +68,89 @@ def _score_inputs(parent: "Parent", layer: int, digest: str, *, activations_dige
     }
 
 
+def _place_state(parent: "Parent", layer: int, place: Place, variant: Attention | FFN, pieces: LayerPieces) -> Mapping[str, Tensor]:
+    return parent.layer_state(layer, place) if pieces.is_parent(place, variant.name) else pieces.state(place, variant.name)
+
+
 def _half_layer(
     parent: "Parent", model: PuzzleDagForCausalLM, layer: int, piece: tuple[Place, Attention | FFN], pieces: LayerPieces
 ) -> PuzzleDagLayer:
     """Return a layer with one place filled by the variant and the other left out, so that the two compose to a block."""
     place, variant = piece
     block = Block(variant, FFN("noop")) if isinstance(variant, Attention) else Block(Attention("noop"), variant)
-    state = parent.layer_state(layer, place) if pieces.is_parent(place, variant.name) else pieces.state(place, variant.name)
-    return make_layer(parent, model, layer, block, state)
+    return make_layer(parent, model, layer, block, _place_state(parent, layer, place, variant, pieces))
+
+
+def block_layer(parent: "Parent", model: PuzzleDagForCausalLM, layer: int, block: Block, pieces: LayerPieces) -> PuzzleDagLayer:
+    """Return a layer made of a pair of the library's pieces, or the parent's, on the device and in the dtype of `model`."""
+    attention = _place_state(parent, layer, "attention", block.attention, pieces)
+    return make_layer(parent, model, layer, block, {**attention, **_place_state(parent, layer, "ffn", block.ffn, pieces)})
+
+
+@dataclass(frozen=True, slots=True)
+class EnteringRows:
+    """The rows that a layer's pairs are run on, and what becomes of them is compared with.
+
+    Attributes:
+        tokens: [rows, length].
+        states: (start, stop) -> the states of these rows that enter the layer, [rows, length, hidden].
+        reference: (final states of the first pair, start, stop) -> the distributions to compare with.
+    """
+
+    tokens: Tensor
+    states: Callable[[int, int], Tensor]
+    reference: Callable[[Tensor, int, int], Reference]
 
 
 @torch.inference_mode()
-def _score_blocks(
+def score_pairs(
     parent: "Parent",
+    runner: LayerRunner,
     layer: int,
     blocks: Sequence[Block],
     pieces: LayerPieces,
-    cache: ActivationCacheLike,
+    rows: EnteringRows,
     *,
     rows_per_batch: int,
-    dtype: torch.dtype,
     progress: Progress,
 ) -> dict[Block, ScoreSums]:
-    """Run every block of `blocks` (the parent's own among them) in place of the layer and return their sums."""
-    model = cast_parent(parent, dtype)
-    device = model.lm_head.weight.device
-    # The parent's own variants come first: its pair is the reference of its row batch.
+    """Run every block in place of one layer, then the layers of the runner's model that follow it, and return the blocks' sums.
+
+    The work is shared between pairs (see the module's first lines). The parent's own variants come first.
+    """
+    model = runner.model
     attentions = sorted({b.attention for b in blocks}, key=lambda a: (a != parent.block.attention, a))
     ffns = sorted({b.ffn for b in blocks}, key=lambda f: (f != parent.block.ffn, f))
-    runner = LayerRunner(model, cache.tokens("score").shape[1])
     attention_halves = {a: _half_layer(parent, model, layer, ("attention", a), pieces) for a in attentions}
     ffn_halves = {f: _half_layer(parent, model, layer, ("ffn", f), pieces) for f in ffns}
     sums = {block: ScoreSums() for block in blocks}
-    tokens, rows_each = cache.tokens("score"), max(1, rows_per_batch // len(attentions))
+    tokens, rows_each = rows.tokens, max(1, rows_per_batch // len(attentions))
     for start in range(0, len(tokens), rows_each):
-        batch = tokens[start : start + rows_each].to(device)
-        stop = start + len(batch)
-        states = cache.hidden("score", layer, start=start, stop=stop).to(device, dtype)
+        stop = min(start + rows_each, len(tokens))
+        states = rows.states(start, stop)
         attended = {a: runner.layer(half, layer, states) for a, half in attention_halves.items()}
         reference: Reference | None = None
         for ffn, half in ffn_halves.items():
             stacked = [a for a in attentions if Block(a, ffn) in sums]
+            if not stacked:
+                continue
             out = runner.after(layer, runner.layer(half, layer, torch.cat([attended[a] for a in stacked])))
-            for attention, final in zip(stacked, out.split(len(batch)), strict=True):
-                if reference is None:
-                    check_drift(final, cache.hidden("score", parent.num_layers, start=start, stop=stop), layer)
-                    reference = Reference(model.lm_head, model.model.norm(final), batch)
+            for attention, final in zip(stacked, out.split(stop - start), strict=True):
+                reference = rows.reference(final, start, stop) if reference is None else reference
                 sums[Block(attention, ffn)].add(reference, model.lm_head, model.model.norm(final))
         progress(stop * tokens.shape[1] * len(blocks), tokens.numel() * len(blocks), "tokens")
     return sums
+
+
+def _rows_of_parent(model: PuzzleDagForCausalLM, layer: int, cache: ActivationCacheLike) -> EnteringRows:
+    """Return the cached rows that enter a layer of the parent; the parent's own pair, which comes first, is what they are compared with."""
+    device, dtype, tokens = model.lm_head.weight.device, model.lm_head.weight.dtype, cache.tokens("score")
+
+    def reference(final: Tensor, start: int, stop: int) -> Reference:
+        check_drift(final, cache.hidden("score", cache.num_layers, start=start, stop=stop), layer)
+        return Reference(model.lm_head, model.model.norm(final), tokens[start:stop].to(device))
+
+    return EnteringRows(tokens, lambda start, stop: cache.hidden("score", layer, start=start, stop=stop).to(device, dtype), reference)
 
 
 def _write_score(store: ArtifactStore, score: BlockScore, inputs: Mapping[str, Any]) -> None:
@@ -162,16 +198,16 @@ def score_layer(
     inputs: dict[Block, dict[str, Any]] = {}
     scores: dict[Block, BlockScore] = {}
     for block in space.blocks:
-        digest = _pair_digest(pieces, block)
+        digest = pair_digest(pieces, block)
         inputs[block] = _score_inputs(parent, layer, digest, activations_digest=activations_digest, compute_dtype=compute_dtype)
         if not rescore and (found := store.find(SCORE_KIND, fingerprint(inputs[block]))):
             scores[block] = BlockScore(**found.metadata)
     missing = [b for b in space.blocks if b not in scores]
     if missing:
         blocks = [parent.block, *(b for b in missing if b != parent.block)]
-        sums = _score_blocks(
-            parent, layer, blocks, pieces, cache, rows_per_batch=rows_per_batch, dtype=dtype, progress=progress
-        )
+        runner = LayerRunner(cast_parent(parent, dtype), cache.tokens("score").shape[1])
+        rows = _rows_of_parent(runner.model, layer, cache)
+        sums = score_pairs(parent, runner, layer, blocks, pieces, rows, rows_per_batch=rows_per_batch, progress=progress)
         for block in missing:
             kl, lm_loss, agreement = sums[block].means()
             if not (math.isfinite(kl) and math.isfinite(lm_loss)):

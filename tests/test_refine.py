@@ -1,0 +1,213 @@
+"""Scores in context and the refinement of solutions, against whole children in plain code."""
+
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from score_instances import PARENT_BLOCK, SPACE, Cache, make_parent, make_pieces
+from search_instances import make_scenario
+
+from puzzle_dag.architecture import Architecture, Block
+from puzzle_dag.children.assemble import build_child
+from puzzle_dag.config import Scenario
+from puzzle_dag.model.parent import Parent
+from puzzle_dag.piece_costs import PieceCost, PieceCosts
+from puzzle_dag.search import context as context_module
+from puzzle_dag.search.context import Context, measure_in_context, score_in_context
+from puzzle_dag.search.limits import ScenarioError
+from puzzle_dag.search.refine import Losses, Refinement, refine_solution
+from puzzle_dag.search.score import BlockScore, score_layer
+from puzzle_dag.search.solution import Solution
+from puzzle_dag.search.solve import solve_scenario
+from puzzle_dag.store import ArtifactStore
+
+NUM_LAYERS = 3
+CHILD = tuple(Block.parse(name) for name in ("kv2/w32", "linear/w96", "kv4/noop"))
+LIGHT = {"parameters": {"at_most": 0.55, "relative_to": "parent"}}
+
+
+@pytest.fixture(scope="module", params=["llama", "sliding"])
+def parent(request: pytest.FixtureRequest) -> Parent:
+    return make_parent(sliding=request.param == "sliding")
+
+
+@pytest.fixture(scope="module")
+def context(parent: Parent, tmp_path_factory: pytest.TempPathFactory) -> Context:
+    rows = torch.randint(0, 61, (6, 13), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states = parent.model.model(input_ids=rows, output_hidden_states=True).hidden_states
+    folder = tmp_path_factory.mktemp("library")
+    pieces = [make_pieces(parent, layer, folder / str(layer), seed=layer) for layer in range(NUM_LAYERS)]
+    return Context(parent, [SPACE] * NUM_LAYERS, pieces, Cache(list(states), rows), "activations", "float32")
+
+
+def plain_losses(context: Context, architecture: Architecture) -> Losses:
+    """Assemble the child and compare all its logits with the parent's, in float64."""
+    child, tokens = build_child(context.parent, architecture, context.pieces), context.cache.tokens("score")
+    with torch.no_grad():
+        log_p, log_q = (model(input_ids=tokens).logits.double().log_softmax(-1) for model in (context.parent.model, child))
+    loss = torch.nn.functional.nll_loss(log_q[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).item()
+    differs = (log_p.argmax(-1) != log_q.argmax(-1)).double().mean().item()
+    return Losses((log_p.exp() * (log_p - log_q)).sum(-1).mean().item(), loss, differs)
+
+
+def is_close(score: BlockScore, losses: Losses) -> bool:
+    found = (score.kl, score.lm_loss, 1 - score.top1_agreement)
+    expected = (losses.kl, losses.lm_loss, losses.top1_loss)
+    return all(a == pytest.approx(b, rel=2e-4, abs=2e-6) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("rows_per_batch", [1, 64])
+def test_every_exchange_equals_a_whole_child_in_plain_code(context: Context, rows_per_batch: int, tmp_path: Path) -> None:
+    own = replace(context, rows_per_batch=rows_per_batch)
+    scores = score_in_context(own, CHILD, ArtifactStore(tmp_path))
+    assert [[s.block for s in layer] for layer in scores] == [[b.name for b in SPACE.blocks]] * NUM_LAYERS
+    for layer, block in product(range(NUM_LAYERS), SPACE.blocks):
+        exchanged = (*CHILD[:layer], block, *CHILD[layer + 1 :])
+        assert is_close(scores[layer][SPACE.blocks.index(block)], plain_losses(context, exchanged)), (layer, block.name)
+
+
+def test_a_child_is_measured_as_its_own_blocks_are_scored(context: Context, tmp_path: Path) -> None:
+    measured, expected = Losses.of(measure_in_context(context, CHILD)), plain_losses(context, CHILD)
+    assert asdict(measured) == pytest.approx(asdict(expected), rel=1e-4)
+    nothing = measure_in_context(context, (PARENT_BLOCK,) * NUM_LAYERS).means()
+    assert nothing[0] == pytest.approx(0.0, abs=1e-6) and nothing[2] == 1.0
+    with pytest.raises(ValueError, match="2 layers given, the parent has 3"):
+        measure_in_context(context, CHILD[:2])
+
+
+def test_in_the_parent_itself_scores_are_those_of_blocks_alone(context: Context, tmp_path: Path) -> None:
+    scores = score_in_context(context, (PARENT_BLOCK,) * NUM_LAYERS, ArtifactStore(tmp_path / "a"))
+    alone = score_layer(
+        context.parent,
+        1,
+        SPACE,
+        context.pieces[1],
+        context.cache,
+        ArtifactStore(tmp_path / "b"),
+        activations_digest="x",
+        compute_dtype="float32",
+    )
+    for found, expected in zip(scores[1], alone, strict=True):
+        assert (found.block, found.digest) == (expected.block, expected.digest)
+        assert found.kl == pytest.approx(expected.kl, rel=1e-4, abs=1e-6) and found.lm_loss == pytest.approx(expected.lm_loss, rel=1e-5)
+
+
+def test_a_killed_run_goes_on_with_the_layer_that_is_missing(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, real, scored = ArtifactStore(tmp_path), context_module.score_pairs, []
+
+    def dies(parent: Parent, runner: object, layer: int, *args: object, **options: object) -> object:
+        if layer == 2 and 2 not in scored:
+            scored.append(layer)
+            raise KeyboardInterrupt
+        scored.append(layer)
+        return real(parent, runner, layer, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(context_module, "score_pairs", dies)
+    with pytest.raises(KeyboardInterrupt):
+        score_in_context(context, CHILD, store)
+    whole = score_in_context(context, CHILD, store)
+    assert scored == [0, 1, 2, 2] and score_in_context(context, CHILD, store) == whole and len(scored) == 4
+    assert score_in_context(context, CHILD, ArtifactStore(tmp_path / "other")) == whole
+    score_in_context(context, CHILD, store, rescore=True)
+    assert scored[-3:] == [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def costs() -> dict[str, PieceCosts]:
+    """Only sizes count here."""
+    zero = {1: {"prefill": 1e-3, "decode": 1e-3}}
+    attentions, ffns = {"kv4": 16384, "kv2": 12288, "linear": 4096, "noop": 0}, {"w96": 18432, "w32": 6144, "linear": 4096, "noop": 0}
+    sizes = {"attention": attentions, "ffn": ffns}
+    pieces = {(place, name): PieceCost(n, 2 * n, 0, zero) for place, own in sizes.items() for name, n in own.items()}
+    constant = PieceCost(0, 0, 0, zero)
+    return {"t": PieceCosts("t", 12, 4, (1,), PieceCosts.same_in_every_layer(pieces, num_layers=NUM_LAYERS), constant, "d")}  # type: ignore[arg-type]
+
+
+def scores_alone(context: Context, folder: Path) -> list[list[BlockScore]]:
+    return score_in_context(context, (PARENT_BLOCK,) * NUM_LAYERS, ArtifactStore(folder))
+
+
+def refine(
+    context: Context, costs: dict[str, PieceCosts], scenario: Scenario, folder: Path, num_rounds: int = 4
+) -> tuple[Solution, Refinement]:
+    table = scores_alone(context, folder)
+    solution = solve_scenario(table, costs, scenario, PARENT_BLOCK)
+    return solution, refine_solution(solution, table, costs, scenario, context, ArtifactStore(folder), num_rounds=num_rounds)
+
+
+@pytest.mark.parametrize("objective", ["kl", "lm_loss", {"kl": 1.0, "top1_loss": 0.5}])
+def test_a_refined_child_is_as_measured_and_no_single_exchange_betters_it(
+    context: Context, costs: dict[str, PieceCosts], objective: object, tmp_path: Path
+) -> None:
+    scenario = make_scenario(LIGHT, objective={"minimize": objective})
+    first, refined = refine(context, costs, scenario, tmp_path, num_rounds=8)
+    parent_loss = plain_losses(context, (PARENT_BLOCK,) * NUM_LAYERS).lm_loss
+
+    def loss(architecture: Architecture) -> float:
+        found = plain_losses(context, architecture)
+        values = {"kl": found.kl, "lm_loss": found.lm_loss - parent_loss, "top1_loss": found.top1_loss}
+        return sum(weight * values[name] for name, weight in scenario.objective.weights.items())
+
+    def num_parameters(architecture: Architecture) -> float:
+        return sum(costs["t"].of_block(i, b)[p].parameters for i, b in enumerate(architecture) for p in (0, 1))
+
+    kept = [step for step in refined.steps if step.is_kept]
+    assert kept[0].round == 0 and kept[0].measured == pytest.approx(loss(first.architecture), rel=1e-3)
+    assert [s.measured for s in kept] == sorted((s.measured for s in kept), reverse=True)
+    best = refined.solution.architecture
+    assert kept[-1].measured == pytest.approx(loss(best), rel=1e-3, abs=1e-5) and kept[-1].blocks == " ".join(b.name for b in best)
+    most = 0.55 * num_parameters((PARENT_BLOCK,) * NUM_LAYERS)
+    assert num_parameters(best) <= most
+    for layer, block in product(range(NUM_LAYERS), SPACE.blocks):
+        other = (*best[:layer], block, *best[layer + 1 :])
+        assert num_parameters(other) > most or loss(other) >= loss(best) - 1e-5, (layer, block.name)
+    if best != first.architecture:
+        assert (refined.solution.status, refined.solution.bound, refined.solution.gap) == ("feasible", None, None)
+        assert refined.solution.objective == kept[-1].measured == refined.loss_after < refined.loss_before
+        assert refined.solution.limits[0].value == num_parameters(best) <= refined.solution.limits[0].at_most
+
+
+def test_what_the_sum_misjudges_is_found(context: Context, costs: dict[str, PieceCosts], tmp_path: Path) -> None:
+    """A table that says the opposite of the truth leads to a bad child; the refinement leaves it behind."""
+    scenario = make_scenario(LIGHT)
+    true = scores_alone(context, tmp_path)
+    table = [[replace(s, kl=0.0 if s.block == PARENT_BLOCK.name else 10.0 - s.kl) for s in layer] for layer in true]
+    bad = solve_scenario(table, costs, scenario, PARENT_BLOCK)
+    refined = refine_solution(bad, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=8)
+    assert refined.solution.digest != bad.digest and refined.loss_after < 0.95 * refined.loss_before
+    again = refine_solution(bad, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=8)
+    assert again.steps == refined.steps
+
+
+def test_structure_holds_on_the_way(context: Context, costs: dict[str, PieceCosts], tmp_path: Path) -> None:
+    scenario = make_scenario(LIGHT, structure={"fixed": {1: "noop/w96"}, "max_distinct": 2})
+    _, refined = refine(context, costs, scenario, tmp_path)
+    for step in refined.steps:
+        names = step.blocks.split()
+        assert names[1] == "noop/w96" and len(set(names)) <= 2
+
+
+def test_no_round_leaves_the_solution_as_it_is(context: Context, costs: dict[str, PieceCosts], tmp_path: Path) -> None:
+    first, refined = refine(context, costs, make_scenario(LIGHT), tmp_path, num_rounds=0)
+    assert refined.solution is not None and refined.solution == first and len(refined.steps) == 1 and refined.loss_after == refined.loss_before
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"maximize": "throughput", "subject_to": {"kl": {"at_most": 1.0}}},
+        {"minimize": {"kl": 1.0, "skill_copy": 1.0}},
+        {"minimize": "kl", "subject_to": {"lm_loss": {"at_most": 1.0}}},
+    ],
+)
+def test_an_objective_that_is_not_measured_in_context_is_refused(
+    context: Context, costs: dict[str, PieceCosts], objective: object, tmp_path: Path
+) -> None:
+    table = scores_alone(context, tmp_path)
+    solution = solve_scenario(table, costs, make_scenario(LIGHT), PARENT_BLOCK)
+    scenario = make_scenario(LIGHT, objective=objective)
+    with pytest.raises(ScenarioError, match=r"objective: it can't be refined.*take `refinement` out"):
+        refine_solution(solution, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=1)

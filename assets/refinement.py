@@ -28,7 +28,7 @@ def chosen_solution(workspace: Workspace, scenario: str) -> Mapping[str, Any]:
     return found
 
 
-def _read_context(plan: Plan, workspace: Workspace) -> "Context":
+def _read_context(plan: Plan, workspace: Workspace, num_tokens: int | None) -> "Context":
     from puzzle_dag.library.activations import ActivationCache
     from puzzle_dag.pieces import LayerPieces
     from puzzle_dag.search.context import Context
@@ -42,6 +42,7 @@ def _read_context(plan: Plan, workspace: Workspace) -> "Context":
         cache,
         cache.digest,
         plan.profile.dtype,
+        None if num_tokens is None else num_tokens // plan.profile.tokens.row_length,
     )
 
 
@@ -96,14 +97,15 @@ def refinement_assets(plan: Plan) -> list[dg.AssetsDefinition]:
                 read_scores(workspace),
                 costs,
                 scenario,
-                _read_context(plan, workspace),
+                _read_context(plan, workspace, settings.tokens),
                 workspace.store,
                 num_rounds=settings.rounds,
                 earlier=earlier,
                 rescore=workspace.anew,
                 progress=ProgressLog(f"scores in {name}"),
             )
-        notes = {**first.notes, **refined.solution.notes, "refined": f"from {refined.loss_before:.4f} to {refined.loss_after:.4f}, as measured"}
+        change = f"from {refined.loss_before:.4f} to {refined.loss_after:.4f}, as measured"
+        notes = {**first.notes, **refined.solution.notes, "refined": change}
         solution = replace(refined.solution, notes=notes)
         rows = [{"scenario": name, **asdict(step)} for step in refined.steps]
         return materialised(

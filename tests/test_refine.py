@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from micro_project import CHECKOUT
 from score_instances import PARENT_BLOCK, SPACE, Cache, make_parent, make_pieces
 from search_instances import make_scenario
 
 from puzzle_dag.architecture import Architecture, Block
 from puzzle_dag.children.assemble import build_child
-from puzzle_dag.config import Scenario
+from puzzle_dag.config import Profile, Scenario
 from puzzle_dag.model.parent import Parent
 from puzzle_dag.piece_costs import PieceCost, PieceCosts
 from puzzle_dag.search import context as context_module
@@ -115,6 +117,16 @@ def test_a_killed_run_goes_on_with_the_layer_that_is_missing(context: Context, t
     assert scored[-3:] == [0, 1, 2]
 
 
+def test_fewer_tokens_are_the_first_ones(context: Context, tmp_path: Path) -> None:
+    """As many as the profile says; what was scored on others is kept apart."""
+    few, cache, store = replace(context, num_rows=2), context.cache, ArtifactStore(tmp_path)
+    whole, part = score_in_context(context, CHILD, store), score_in_context(few, CHILD, store)
+    alone = Cache([states[:2] for states in cache.states], cache.tokens("score")[:2])  # type: ignore[attr-defined]
+    expected = score_in_context(replace(context, cache=alone), CHILD, ArtifactStore(tmp_path / "other"))
+    assert part == expected != whole and part[0][0].num_tokens == 26
+    assert measure_in_context(few, CHILD).num_tokens == 26
+
+
 @pytest.fixture(scope="module")
 def costs() -> dict[str, PieceCosts]:
     """Only sizes count here."""
@@ -192,7 +204,7 @@ def test_structure_holds_on_the_way(context: Context, costs: dict[str, PieceCost
 
 def test_no_round_leaves_the_solution_as_it_is(context: Context, costs: dict[str, PieceCosts], tmp_path: Path) -> None:
     first, refined = refine(context, costs, make_scenario(LIGHT), tmp_path, num_rounds=0)
-    assert refined.solution is not None and refined.solution == first and len(refined.steps) == 1 and refined.loss_after == refined.loss_before
+    assert refined.solution == first and len(refined.steps) == 1 and refined.loss_after == refined.loss_before
 
 
 @pytest.mark.parametrize(
@@ -211,3 +223,10 @@ def test_an_objective_that_is_not_measured_in_context_is_refused(
     scenario = make_scenario(LIGHT, objective=objective)
     with pytest.raises(ScenarioError, match=r"objective: it can't be refined.*take `refinement` out"):
         refine_solution(solution, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=1)
+
+
+@pytest.mark.parametrize("tokens", [8, 100_000])
+def test_tokens_that_blocks_were_not_scored_on_are_refused(tokens: int) -> None:
+    content = yaml.safe_load((CHECKOUT / "conf" / "profiles" / "micro.yaml").read_text())
+    with pytest.raises(ValueError, match=rf"refinement\.tokens is {tokens}; give at least one row .* and at most tokens\.scores"):
+        Profile.model_validate({**content, "name": "micro", "refinement": {"tokens": tokens}})

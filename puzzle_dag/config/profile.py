@@ -207,8 +207,16 @@ class Profile(Settings):
     def _other_items(self) -> "Profile":
         if self.task_scores is not None and self.task_scores.seed == self.seed:
             raise ValueError(f"task_scores.seed is {self.seed}, the profile's: blocks would be chosen by the items that grade the children")
+        return self
+
+    @model_validator(mode="after")
+    def _can_refine(self) -> "Profile":
         if self.refinement is not None and self.search_space.runs is not None:
             raise ValueError("refinement doesn't go with search_space.runs, which are scored in the parent alone; leave one of them out")
+        if self.refinement is not None and self.refinement.tokens is not None:
+            given, row, most = self.refinement.tokens, self.tokens.row_length, self.tokens.scores
+            if not row <= given <= most:
+                raise ValueError(f"refinement.tokens is {given}; give at least one row ({row}) and at most tokens.scores ({most})")
         return self
 
 

@@ -40,6 +40,7 @@ class Context:
         cache: hidden states of the parent; its first boundary is read, and its last, which says what the parent answers.
         activations_digest: digest of the cache's content.
         compute_dtype: "bfloat16" or "float32"; divergences are always taken in float32.
+        num_rows: rows of tokens that scores are taken on, the cache's first; all of them by default.
         rows_per_batch: rows that run through the layers at once; by default as many as suit the parent's device.
     """
 
@@ -49,6 +50,7 @@ class Context:
     cache: ActivationCacheLike
     activations_digest: str
     compute_dtype: str = "bfloat16"
+    num_rows: int | None = None
     rows_per_batch: int | None = None
 
     def prepare(self) -> tuple[PuzzleDagForCausalLM, int]:
@@ -58,7 +60,7 @@ class Context:
 
     def entering(self, model: PuzzleDagForCausalLM) -> Tensor:
         """Return the states of all rows that enter the first layer, [rows, length, hidden]."""
-        return self.cache.hidden("score", 0).to(model.lm_head.weight)
+        return self.cache.hidden("score", 0, stop=self.num_rows).to(model.lm_head.weight)
 
     def reference(self, model: PuzzleDagForCausalLM, start: int, stop: int) -> Reference:
         """Return what the parent answers on some rows."""
@@ -82,6 +84,7 @@ class Context:
             "layer": layer,
             "pairs": {block.name: pair_digest(self.pieces[layer], block) for block in self.spaces[layer].blocks},
             "activations": self.activations_digest,
+            "num_rows": len(self.cache.tokens("score")[: self.num_rows]),
             "compute_dtype": self.compute_dtype,
         }
 
@@ -148,9 +151,8 @@ def score_in_context(
 
 def _rows_of_child(context: Context, model: PuzzleDagForCausalLM, states: Tensor) -> EnteringRows:
     """Return rows that enter a layer with these states, to be compared with what the parent answers."""
-    return EnteringRows(
-        context.cache.tokens("score"), lambda start, stop: states[start:stop], lambda _, start, stop: context.reference(model, start, stop)
-    )
+    tokens = context.cache.tokens("score")[: len(states)]
+    return EnteringRows(tokens, lambda start, stop: states[start:stop], lambda _, start, stop: context.reference(model, start, stop))
 
 
 def _find(store: ArtifactStore, inputs: Mapping[str, Any]) -> list[BlockScore] | None:

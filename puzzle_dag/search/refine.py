@@ -148,35 +148,18 @@ def refine_solution(
     _check_pieces(table, context)
     start = time.monotonic()
     candidates = prepare(table, costs, scenario, context.parent.block, earlier=earlier)
-    measured = {solution.architecture: Losses.of(measure_in_context(context, solution.architecture))}
-    search = _Search(candidates, costs, scenario, _parent_lm_loss(table, context.parent.block), time_limit_s)
-    loss = search.loss(measured[solution.architecture])
-    steps, best, radius = [_as_step(0, 0, solution, solution, loss, loss, True)], solution, len(solution.choices)
+    parent = Losses.of(measure_in_context(context, candidates.parent))
+    search = _Search(candidates, costs, scenario, parent.lm_loss, time_limit_s)
+    trail = _Trail.begin(solution, search, context)
     for number in range(1, num_rounds + 1):
-        losses, architecture = measured[best.architecture], best.architecture
-        scores = score_in_context(context, architecture, store, rescore=rescore, progress=progress)
-        improved = False
-        while radius and not improved:
-            found = search.near(scores, losses, architecture, radius)
-            if found.architecture == architecture:
-                break  # nothing within reach is promised to be better
-            if found.architecture not in measured:
-                measured[found.architecture] = Losses.of(measure_in_context(context, found.architecture))
-            reached = search.loss(measured[found.architecture])
-            improved = reached < loss
-            step = _as_step(number, radius, found, best, found.objective, reached, improved)
-            steps.append(step)
-            _log.info("%s: %s", scenario.name, step.words)
-            if improved:
-                best, loss = found, reached
-            else:
-                radius = min(radius, step.num_changed) // 2
-        if not improved:
+        scores = score_in_context(context, trail.best.architecture, store, rescore=rescore, progress=progress)
+        if not trail.go_on(number, scores):
             break
-    if best is solution:
-        return Refinement(solution, tuple(steps))
-    done = replace(best, status="feasible", objective=loss, bound=None, gap=None, seconds=solution.seconds + time.monotonic() - start)
-    return Refinement(done, tuple(steps))
+    if trail.best is solution:
+        return Refinement(solution, tuple(trail.steps))
+    seconds = solution.seconds + time.monotonic() - start
+    done = replace(trail.best, status="feasible", objective=trail.loss, bound=None, gap=None, seconds=seconds)
+    return Refinement(done, tuple(trail.steps))
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +186,46 @@ class _Search:
         return solve_candidates(candidates, self.costs, self.scenario, time_limit_s=self.time_limit_s)
 
 
+@dataclass(slots=True)
+class _Trail:
+    """Where a refinement is, and what it tried on the way."""
+
+    search: _Search
+    context: Context
+    best: Solution
+    loss: float
+    radius: int
+    measured: dict[Architecture, Losses]
+    steps: list[Step]
+
+    @staticmethod
+    def begin(solution: Solution, search: _Search, context: Context) -> "_Trail":
+        """Measure the solution to begin with."""
+        losses = Losses.of(measure_in_context(context, solution.architecture))
+        loss = search.loss(losses)
+        first = _as_step(0, 0, solution, solution, loss, loss, True)
+        return _Trail(search, context, solution, loss, len(solution.choices), {solution.architecture: losses}, [first])
+
+    def go_on(self, number: int, scores: Sequence[Sequence[BlockScore]]) -> bool:
+        """Take the best step that scores in the child promise, fewer layers at a time until one is better; say whether there was one."""
+        architecture = self.best.architecture
+        while self.radius:
+            found = self.search.near(scores, self.measured[architecture], architecture, self.radius)
+            if found.architecture == architecture:
+                break  # nothing within reach is promised to be better
+            if found.architecture not in self.measured:
+                self.measured[found.architecture] = Losses.of(measure_in_context(self.context, found.architecture))
+            loss = self.search.loss(self.measured[found.architecture])
+            step = _as_step(number, self.radius, found, self.best, found.objective, loss, loss < self.loss)
+            self.steps.append(step)
+            _log.info("%s: %s", found.scenario, step.words)
+            if step.is_kept:
+                self.best, self.loss = found, loss
+                return True
+            self.radius = min(self.radius, step.num_changed) // 2
+        return False
+
+
 def _share(score: BlockScore, losses: Losses, num_layers: int, parent_lm_loss: float) -> BlockScore:
     """Return a score in context as a summand: the child's loss in even shares, and what the exchange changes of it.
 
@@ -223,10 +246,6 @@ def _check_pieces(table: ScoreTable, context: Context) -> None:
         changed = [s.block for s in scores if s.digest != pair_digest(pieces, Block.parse(s.block))]
         if changed:
             raise ScoreError(f"layer {layer}: the library's {changed[0]} changed after it was scored; run `python -m assets refresh`")
-
-
-def _parent_lm_loss(table: ScoreTable, parent_block: Block) -> float:
-    return next(s.lm_loss for s in table[0] if s.block == parent_block.name)
 
 
 def _as_step(number: int, radius: int, found: Solution, before: Solution, predicted: float, measured: float, is_kept: bool) -> Step:

@@ -115,7 +115,7 @@ def _child_is_as_assembled(plan: Plan) -> Body:
         from puzzle_dag.children.assemble import build_child
         from puzzle_dag.model.checkpoint import load_checkpoint
 
-        solution = chosen_solution(workspace, context.partition_key)
+        solution = chosen_solution(plan, workspace, context.partition_key)
         folder = checkpoint_folder(workspace, "child", workspace.shelf.value("child", context.partition_key))
         rows = load_file(workspace.var / "tokens.safetensors")["heldout"][:2]
         with workspace.device(), torch.inference_mode():

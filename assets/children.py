@@ -91,7 +91,7 @@ def _child_asset(plan: Plan) -> dg.AssetsDefinition:
         from puzzle_dag.children.assemble import assemble_child
         from puzzle_dag.model.chat_template import inherit_chat_template
 
-        solution = chosen_solution(workspace, context.partition_key)
+        solution = chosen_solution(plan, workspace, context.partition_key)
         pieces = chosen_pieces(workspace, solution["choices"])
         architecture = chosen_architecture(solution)
         with workspace.device():

@@ -49,9 +49,10 @@ def read_chain(workspace: Workspace, name: str) -> Chain:
     spec = value("scenario_spec")
     solved = after(spec, "solution", "scenario_spec", fingerprint)
     searched = None if solved is None else solved["solution"]
-    refined = after(searched, "refinement", "from", lambda s: s["digest"])
-    asks_for_refinement = workspace.read_profile().refinement is not None
-    solution = searched if not asks_for_refinement else None if refined is None else refined["solution"]
+    solution = searched
+    if workspace.read_profile().refinement is not None:
+        refined = after(spec, "refinement", "scenario_spec", fingerprint)
+        solution = refined["solution"] if refined and searched and refined["from"] == searched["digest"] else None
     child = after(solution, "child", "solution", lambda s: s["digest"])
     uptrained = after(child, "uptrained_child", "child", lambda c: c["digest"])
     accuracy = after(uptrained, "accuracy", "uptrained_child", lambda u: u["digest"])

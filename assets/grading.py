@@ -221,7 +221,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
     def serving(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         time, name = Stopwatch(), context.partition_key
         scenario, child = workspace.read_scenario(name), workspace.shelf.value("uptrained_child", name)
-        spec, solution = workspace.shelf.value("target_spec", scenario.target), chosen_solution(workspace, name)
+        spec, solution = workspace.shelf.value("target_spec", scenario.target), chosen_solution(plan, workspace, name)
         predicted = _predict(plan, workspace, name, scenario.target)
         checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
         served = _serve(workspace, spec, {name: (child["digest"], checkpoint)}, predicted)

@@ -17,6 +17,6 @@ def predict_seconds(plan: Plan, workspace: Workspace, scenario: str, costs: "Cos
     """Return model ("parent", the scenario's child) -> batch size of the table -> phase -> seconds. Raises CostTableError."""
     from puzzle_dag.costs.table import PHASES
 
-    child = chosen_architecture(chosen_solution(workspace, scenario))
+    child = chosen_architecture(chosen_solution(plan, workspace, scenario))
     models = {"parent": parent_architecture(plan), scenario: child}
     return {name: {b: {p: costs.seconds(a, b, p) for p in PHASES} for b in costs.batch_sizes} for name, a in models.items()}

@@ -13,6 +13,7 @@ from assets.plan import Plan
 from assets.search import read_costs, read_scores
 from puzzle_dag.architecture import layer_key
 from puzzle_dag.progress import ProgressLog
+from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
 from resources.workspace import Workspace
 
@@ -21,10 +22,9 @@ if TYPE_CHECKING:
     from puzzle_dag.search.refine import Refinement
 
 
-def chosen_solution(workspace: Workspace, scenario: str) -> Mapping[str, Any]:
+def chosen_solution(plan: Plan, workspace: Workspace, scenario: str) -> Mapping[str, Any]:
     """Return the solution that a scenario's child is made from: the refined one, where the profile asks for that."""
-    asset = "solution" if workspace.read_profile().refinement is None else "refinement"
-    found: Mapping[str, Any] = workspace.shelf.value(asset, scenario)["solution"]
+    found: Mapping[str, Any] = workspace.shelf.value(plan.chosen, scenario)["solution"]
     return found
 
 
@@ -33,14 +33,12 @@ def _read_context(plan: Plan, workspace: Workspace, num_tokens: int | None) -> "
     from puzzle_dag.pieces import LayerPieces
     from puzzle_dag.search.context import Context
 
-    cache = ActivationCache(workspace.var / "activations")
     libraries = [workspace.shelf.value("block_library", layer_key(i)) for i in range(plan.shape.num_hidden_layers)]
     return Context(
         workspace.load_parent(),
         [space_from_json(library["space"]) for library in libraries],
         [LayerPieces.from_json(workspace.store, library["pieces"]) for library in libraries],
-        cache,
-        cache.digest,
+        ActivationCache(workspace.var / "activations"),
         plan.profile.dtype,
         None if num_tokens is None else num_tokens // plan.profile.tokens.row_length,
     )
@@ -50,13 +48,12 @@ def _metadata(plan: Plan, workspace: Workspace, refined: "Refinement") -> dict[s
     from puzzle_dag.report.pictures import loss_curve
 
     solution, rows = refined.solution, [asdict(step) for step in refined.steps]
-    kept = [(number, step.measured) for number, step in enumerate(refined.steps) if step.is_kept]
-    tried = [(number, step.measured) for number, step in enumerate(refined.steps)]
+    tried = [(number, step.measured) for number, step in enumerate(refined.steps) if step.measured is not None]
+    kept = [point for point in tried if refined.steps[point[0]].is_kept]
     drawn = loss_curve({"kept": kept, "tried": tried}, title=solution.scenario, x="child tried", y=solution.minimized)
     return {
-        "loss_before": refined.loss_before,
-        "loss_after": refined.loss_after,
-        "num_rounds": max(step.round for step in refined.steps),
+        "loss_before": refined.losses[0],
+        "loss_after": refined.losses[-1],
         "steps": table(rows),
         "picture": architecture_picture(plan, workspace, [c.block for c in solution.choices], title=solution.scenario),
         "losses": picture(drawn, "loss of each child that was tried, and of those that were kept"),
@@ -73,7 +70,7 @@ def refinement_assets(plan: Plan) -> list[dg.AssetsDefinition]:
         **plan.options(
             "refinement",
             deps=["solution", "scenario_spec", "score_table", "cost_table", "parent", "parent_activations"],
-            stages=["puzzle_dag.search.refine", "puzzle_dag.search.context", "puzzle_dag.library.activations"],
+            stages=["puzzle_dag.search.refine", "puzzle_dag.search.context", "puzzle_dag.search.score", "puzzle_dag.library.activations"],
             settings={"refinement": settings.model_dump(), "dtype": plan.profile.dtype},
             partitions=plan.partitions.scenarios,
             kinds=("pytorch", "highs"),
@@ -87,7 +84,8 @@ def refinement_assets(plan: Plan) -> list[dg.AssetsDefinition]:
         from puzzle_dag.search.solution import Solution
 
         name = context.partition_key
-        scenario, earlier = split_earlier(workspace.shelf.value("scenario_spec", name))
+        spec = workspace.shelf.value("scenario_spec", name)
+        scenario, earlier = split_earlier(spec)
         first = Solution.from_json(workspace.shelf.value("solution", name)["solution"])
         costs = read_costs(plan, workspace, *(target for asked in (scenario, *earlier.values()) for target in asked.targets))
         with workspace.device():
@@ -104,7 +102,7 @@ def refinement_assets(plan: Plan) -> list[dg.AssetsDefinition]:
                 rescore=workspace.anew,
                 progress=ProgressLog(f"scores in {name}"),
             )
-        change = f"from {refined.loss_before:.4f} to {refined.loss_after:.4f}, as measured"
+        change = f"from {refined.losses[0]:.4f} to {refined.losses[-1]:.4f}, as measured"
         notes = {**first.notes, **refined.solution.notes, "refined": change}
         solution = replace(refined.solution, notes=notes)
         rows = [{"scenario": name, **asdict(step)} for step in refined.steps]
@@ -112,7 +110,7 @@ def refinement_assets(plan: Plan) -> list[dg.AssetsDefinition]:
             context,
             plan,
             workspace,
-            {"from": first.digest, "solution": solution.to_json(), "steps": rows},
+            {"scenario_spec": fingerprint(spec), "from": first.digest, "solution": solution.to_json(), "steps": rows},
             data_version=solution.digest,
             files=[write_rows(workspace.tables / "refinement" / f"{name}.parquet", rows)],
             metadata=_metadata(plan, workspace, refined),

@@ -26,7 +26,7 @@ from puzzle_dag.config import (
     read_scenario,
     read_target,
 )
-from puzzle_dag.preflight import check_scenario, check_scores
+from puzzle_dag.preflight import check_refinable, check_scenario, check_scores
 from puzzle_dag.search.foreign import ForeignLibraryError, read_foreign_library
 from puzzle_dag.search.foreign_scenario import check_foreign_scenario
 from puzzle_dag.store import write_atomically
@@ -65,6 +65,7 @@ def validate_scenario(root: Path, profile_name: str, name: str, text: str, *, wh
     else:
         check_scenario(scenario, {target: read_target(conf, target) for target in profile.targets})
         check_scores(scenario, profile)
+        check_refinable(scenario, profile)
     return scenario
 
 

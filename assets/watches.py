@@ -24,7 +24,7 @@ from assets.plan import Plan
 from puzzle_dag.architecture import LayerSpace, layer_index
 from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, read_earlier, scenario_file, with_earlier
 from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE, digest_chat_template
-from puzzle_dag.preflight import check_scenario, check_scores, list_cost_variants, list_runs, resolve_spaces
+from puzzle_dag.preflight import check_refinable, check_scenario, check_scores, list_cost_variants, list_runs, resolve_spaces
 from puzzle_dag.store import digest_file, fingerprint, write_atomically
 from resources.workspace import Workspace
 
@@ -138,6 +138,7 @@ def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None)
     assert partition is not None
     profile, scenario = workspace.read_profile(), workspace.read_scenario(partition)
     targets = {name: workspace.read_target(name) for name in profile.targets}
+    check_refinable(scenario, profile, file=scenario_file(workspace.conf, partition))
     earlier = read_earlier(workspace.conf, scenario)
     for asked in (scenario, *earlier.values()):
         check_scenario(asked, targets, file=scenario_file(workspace.conf, asked.name))

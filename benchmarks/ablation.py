@@ -147,7 +147,7 @@ def select(
     found = choosers[arm.selection](scores, bench.costs, scenario, bench.parent.block)
     if not arm.num_rounds:
         return found, found
-    context = Context(bench.parent, bench.spaces, pieces, cache, cache.digest, bench.profile.dtype)
+    context = Context(bench.parent, bench.spaces, pieces, cache, bench.profile.dtype)
     return found, refine_solution(found, scores, bench.costs, scenario, context, bench.store, num_rounds=arm.num_rounds).solution
 
 
@@ -210,7 +210,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
     print("| arm | KL, no GKD | KL, GKD | KL, ratio to the first | retention, no GKD | retention, GKD | seeds |")
     print("|---|---|---|---|---|---|---|")
-    first = cell(ARMS[0].name, "after_gkd", "kl", False)[1]
+    first = cell(next(arm.name for arm in ARMS if any(r["arm"] == arm.name for r in rows)), "after_gkd", "kl", False)[1]
     for arm in ARMS:
         num_seeds = sum(r["arm"] == arm.name for r in rows)
         if num_seeds:

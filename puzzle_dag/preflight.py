@@ -190,7 +190,11 @@ def check_scores(scenario: Scenario, profile: Profile, *, file: Path | None = No
             tasks = ", ".join([*graded, unknown[0]])
             fix = f"{hint}To grade every block on it, write `task_scores: {{tasks: [{tasks}]}}` into conf/profiles/{profile.name}.yaml"
             raise _wrong(scenario, file, field, f"names {unknown[0]!r}, which profile {profile.name} doesn't score; {fix}")
-    if profile.refinement is not None and not objective.is_summed_losses:
+
+
+def check_refinable(scenario: Scenario, profile: Profile, *, file: Path | None = None) -> None:
+    """Check that a scenario can be refined, where its profile asks for that. Raises ConfigError."""
+    if profile.refinement is not None and not scenario.objective.is_summed_losses:
         fix = f"minimise {', '.join(LOSSES)} or a sum of these, or take `refinement` out of conf/profiles/{profile.name}.yaml"
         raise _wrong(scenario, file, "objective", f"can't be refined, for a child in the making isn't measured by it; {fix}")
 
@@ -211,6 +215,7 @@ def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> Non
     check_lengths(profile, targets, shape)
     for name in profile.scenarios:
         scenario = read_scenario(conf, name)
+        check_refinable(scenario, profile, file=scenario_file(conf, name))
         for asked in (scenario, *read_earlier(conf, scenario).values()):
             file = scenario_file(conf, asked.name)
             check_scenario(asked, targets, file=file)

@@ -1,5 +1,6 @@
 """Scores in context and the refinement of solutions, against whole children in plain code."""
 
+import math
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
@@ -7,22 +8,28 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from micro_project import CHECKOUT
 from score_instances import PARENT_BLOCK, SPACE, Cache, make_parent, make_pieces
-from search_instances import make_scenario
+from search_instances import PARENT, SECONDS, make_scenario, simple_costs
 
 from puzzle_dag.architecture import Architecture, Block
 from puzzle_dag.children.assemble import build_child
-from puzzle_dag.config import Profile, Scenario
+from puzzle_dag.config import Profile
 from puzzle_dag.model.parent import Parent
 from puzzle_dag.piece_costs import PieceCost, PieceCosts
 from puzzle_dag.search import context as context_module
+from puzzle_dag.search import refine as refine_module
+from puzzle_dag.search.candidates import Candidates
 from puzzle_dag.search.context import Context, measure_in_context, score_in_context
+from puzzle_dag.search.divergence import ScoreSums
+from puzzle_dag.search.infeasible import InfeasibleScenarioError
+from puzzle_dag.search.layer_runner import ScoreError
 from puzzle_dag.search.limits import ScenarioError
-from puzzle_dag.search.refine import Losses, Refinement, refine_solution
+from puzzle_dag.search.refine import Losses, refine_solution
 from puzzle_dag.search.score import BlockScore, score_layer
-from puzzle_dag.search.solution import Solution
-from puzzle_dag.search.solve import solve_scenario
+from puzzle_dag.search.solve import solve_candidates, solve_scenario
 from puzzle_dag.store import ArtifactStore
 
 NUM_LAYERS = 3
@@ -42,7 +49,7 @@ def context(parent: Parent, tmp_path_factory: pytest.TempPathFactory) -> Context
         states = parent.model.model(input_ids=rows, output_hidden_states=True).hidden_states
     folder = tmp_path_factory.mktemp("library")
     pieces = [make_pieces(parent, layer, folder / str(layer), seed=layer) for layer in range(NUM_LAYERS)]
-    return Context(parent, [SPACE] * NUM_LAYERS, pieces, Cache(list(states), rows), "activations", "float32")
+    return Context(parent, [SPACE] * NUM_LAYERS, pieces, Cache(list(states), rows), "float32")
 
 
 def plain_losses(context: Context, architecture: Architecture) -> Losses:
@@ -142,20 +149,23 @@ def scores_alone(context: Context, folder: Path) -> list[list[BlockScore]]:
     return score_in_context(context, (PARENT_BLOCK,) * NUM_LAYERS, ArtifactStore(folder))
 
 
-def refine(
-    context: Context, costs: dict[str, PieceCosts], scenario: Scenario, folder: Path, num_rounds: int = 4
-) -> tuple[Solution, Refinement]:
-    table = scores_alone(context, folder)
-    solution = solve_scenario(table, costs, scenario, PARENT_BLOCK)
-    return solution, refine_solution(solution, table, costs, scenario, context, ArtifactStore(folder), num_rounds=num_rounds)
+def misjudged(context: Context, folder: Path) -> list[list[BlockScore]]:
+    """Scores that say the opposite of the truth, but for the parent's own blocks."""
+
+    def turned(score: BlockScore) -> BlockScore:
+        return replace(score, kl=10.0 - score.kl, lm_loss=20.0 - score.lm_loss, top1_agreement=1.0 - score.top1_agreement)
+
+    return [[s if s.block == PARENT_BLOCK.name else turned(s) for s in layer] for layer in scores_alone(context, folder)]
 
 
 @pytest.mark.parametrize("objective", ["kl", "lm_loss", {"kl": 1.0, "top1_loss": 0.5}])
 def test_a_refined_child_is_as_measured_and_no_single_exchange_betters_it(
     context: Context, costs: dict[str, PieceCosts], objective: object, tmp_path: Path
 ) -> None:
-    scenario = make_scenario(LIGHT, objective={"minimize": objective})
-    first, refined = refine(context, costs, scenario, tmp_path, num_rounds=8)
+    """It begins with what scores that say the opposite of the truth lead to."""
+    scenario, table = make_scenario(LIGHT, objective={"minimize": objective}), misjudged(context, tmp_path)
+    first = solve_scenario(table, costs, scenario, PARENT_BLOCK)
+    refined = refine_solution(first, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=12)
     parent_loss = plain_losses(context, (PARENT_BLOCK,) * NUM_LAYERS).lm_loss
 
     def loss(architecture: Architecture) -> float:
@@ -166,45 +176,101 @@ def test_a_refined_child_is_as_measured_and_no_single_exchange_betters_it(
     def num_parameters(architecture: Architecture) -> float:
         return sum(costs["t"].of_block(i, b)[p].parameters for i, b in enumerate(architecture) for p in (0, 1))
 
-    kept = [step for step in refined.steps if step.is_kept]
-    assert kept[0].round == 0 and kept[0].measured == pytest.approx(loss(first.architecture), rel=1e-3)
-    assert [s.measured for s in kept] == sorted((s.measured for s in kept), reverse=True)
-    best = refined.solution.architecture
-    assert kept[-1].measured == pytest.approx(loss(best), rel=1e-3, abs=1e-5) and kept[-1].blocks == " ".join(b.name for b in best)
+    assert all(0 < step.num_changed <= step.radius for step in refined.steps[1:])
+    assert refined.losses[0] == pytest.approx(loss(first.architecture), rel=1e-3)
+    assert list(refined.losses) == sorted(refined.losses, reverse=True) and len(refined.losses) > 1
+    found, best = refined.solution, refined.solution.architecture
+    assert refined.losses[-1] == pytest.approx(loss(best), rel=1e-3, abs=1e-5)
+    assert [s.blocks for s in refined.steps if s.is_kept][-1] == " ".join(b.name for b in best)
     most = 0.55 * num_parameters((PARENT_BLOCK,) * NUM_LAYERS)
     assert num_parameters(best) <= most
     for layer, block in product(range(NUM_LAYERS), SPACE.blocks):
         other = (*best[:layer], block, *best[layer + 1 :])
         assert num_parameters(other) > most or loss(other) >= loss(best) - 1e-5, (layer, block.name)
-    if best != first.architecture:
-        assert (refined.solution.status, refined.solution.bound, refined.solution.gap) == ("feasible", None, None)
-        assert refined.solution.objective == kept[-1].measured == refined.loss_after < refined.loss_before
-        assert refined.solution.limits[0].value == num_parameters(best) <= refined.solution.limits[0].at_most
+    assert best != first.architecture and (found.status, found.bound, found.gap) == ("feasible", None, None)
+    assert found.objective == refined.losses[-1] and {b.bound for b in found.batches} == {None}
+    assert found.limits[0].value == num_parameters(best) <= (found.limits[0].at_most or 0)
+    again = refine_solution(first, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=12)
+    assert again.steps == refined.steps and again.solution.digest == found.digest
+    alone = {(s.layer, s.block): s for layer in table for s in layer}
+    if objective == "kl":
+        assert [c.score for c in found.choices] == [alone[c.layer, c.block].kl for c in found.choices]
 
 
-def test_what_the_sum_misjudges_is_found(context: Context, costs: dict[str, PieceCosts], tmp_path: Path) -> None:
-    """A table that says the opposite of the truth leads to a bad child; the refinement leaves it behind."""
-    scenario = make_scenario(LIGHT)
-    true = scores_alone(context, tmp_path)
-    table = [[replace(s, kl=0.0 if s.block == PARENT_BLOCK.name else 10.0 - s.kl) for s in layer] for layer in true]
-    bad = solve_scenario(table, costs, scenario, PARENT_BLOCK)
-    refined = refine_solution(bad, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=8)
-    assert refined.solution.digest != bad.digest and refined.loss_after < 0.95 * refined.loss_before
-    again = refine_solution(bad, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=8)
-    assert again.steps == refined.steps
+def test_a_child_that_breaks_is_left_behind(
+    context: Context, costs: dict[str, PieceCosts], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs that are not finite, of the child that is tried, are no loss that anything compares with."""
+    scenario, table, real = make_scenario(LIGHT), misjudged(context, tmp_path), refine_module.measure_in_context
+    first = solve_scenario(table, costs, scenario, PARENT_BLOCK)
+
+    def breaks(of: Context, architecture: Architecture) -> ScoreSums:
+        sums = real(of, architecture)
+        if architecture not in ((PARENT_BLOCK,) * NUM_LAYERS, first.architecture):
+            sums.kl = math.nan
+        return sums
+
+    monkeypatch.setattr(refine_module, "measure_in_context", breaks)
+    refined = refine_solution(first, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=2)
+    assert len(refined.steps) > 1 and {step.measured for step in refined.steps[1:]} == {None}
+    assert refined.solution.digest == first.digest and "nothing finite measured, not kept" in refined.steps[1].words
+    monkeypatch.setattr(refine_module, "measure_in_context", lambda *_: ScoreSums(kl=math.inf, num_tokens=1))
+    with pytest.raises(ScoreError, match="the outputs of its child are not finite"):
+        refine_solution(first, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=2)
+
+
+def test_scores_of_another_library_are_refused(context: Context, costs: dict[str, PieceCosts], tmp_path: Path) -> None:
+    table = scores_alone(context, tmp_path)
+    solution = solve_scenario(table, costs, make_scenario(LIGHT), PARENT_BLOCK)
+    other = [[replace(s, digest="another") for s in layer] if i == 1 else layer for i, layer in enumerate(table)]
+    with pytest.raises(ScoreError, match=r"layer 1: the library's .* changed after it was scored"):
+        refine_solution(solution, other, costs, make_scenario(LIGHT), context, ArtifactStore(tmp_path), num_rounds=1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_close_to_another_equals_brute_force(data: st.DataObject) -> None:
+    """The best of all that differ from an architecture in so many layers at most."""
+    table = [
+        [BlockScore(i, name, data.draw(st.integers(0, 9)) / 8, 1.0, 1.0, 1, f"{i}{name}") for name in (PARENT.name, "kv1/w64", "noop/noop")]
+        for i in range(3)
+    ]
+    costs, scenario = {"t": simple_costs(3, seconds=SECONDS)}, make_scenario({"latency_s": {"at_most": 0.8, "relative_to": "parent"}})
+    start = tuple(Block.parse(data.draw(st.sampled_from(layer)).block) for layer in table)
+    radius, candidates = data.draw(st.integers(1, 3)), Candidates.of(table, PARENT)
+    most = 0.8 * (1 + 2 * 3 * 2)  # the constant's second, and one for each place of three layers in each of two phases
+    seconds = {name: 2 * (SECONDS.get(a, 0) + SECONDS.get(f, 0)) for name in (s.block for s in table[0]) for a, f in [name.split("/")]}
+    allowed = [
+        sum(s.kl for s in picks)
+        for picks in product(*table)
+        if sum(Block.parse(s.block) != b for s, b in zip(picks, start, strict=True)) <= radius
+        and 1 + sum(seconds[s.block] for s in picks) <= most + 1e-9
+    ]
+    if not allowed:
+        with pytest.raises(InfeasibleScenarioError):
+            solve_candidates(candidates.close_to(start, radius), costs, scenario)
+        return
+    found = solve_candidates(candidates.close_to(start, radius), costs, scenario)
+    assert found.objective == pytest.approx(min(allowed), abs=1e-9)
+    assert sum(a != b for a, b in zip(found.architecture, start, strict=True)) <= radius
 
 
 def test_structure_holds_on_the_way(context: Context, costs: dict[str, PieceCosts], tmp_path: Path) -> None:
-    scenario = make_scenario(LIGHT, structure={"fixed": {1: "noop/w96"}, "max_distinct": 2})
-    _, refined = refine(context, costs, scenario, tmp_path)
+    scenario, table = make_scenario(LIGHT, structure={"fixed": {1: "noop/w96"}, "max_distinct": 2}), misjudged(context, tmp_path)
+    first = solve_scenario(table, costs, scenario, PARENT_BLOCK)
+    refined = refine_solution(first, table, costs, scenario, context, ArtifactStore(tmp_path), num_rounds=4)
+    assert len(refined.losses) > 1
     for step in refined.steps:
         names = step.blocks.split()
         assert names[1] == "noop/w96" and len(set(names)) <= 2
 
 
-def test_no_round_leaves_the_solution_as_it_is(context: Context, costs: dict[str, PieceCosts], tmp_path: Path) -> None:
-    first, refined = refine(context, costs, make_scenario(LIGHT), tmp_path, num_rounds=0)
-    assert refined.solution == first and len(refined.steps) == 1 and refined.loss_after == refined.loss_before
+def test_no_round_only_measures_the_child(context: Context, costs: dict[str, PieceCosts], tmp_path: Path) -> None:
+    table = scores_alone(context, tmp_path)
+    first = solve_scenario(table, costs, make_scenario(LIGHT), PARENT_BLOCK)
+    refined = refine_solution(first, table, costs, make_scenario(LIGHT), context, ArtifactStore(tmp_path), num_rounds=0)
+    assert refined.solution.choices == first.choices and len(refined.steps) == 1
+    assert refined.solution.objective == refined.losses[0] == pytest.approx(plain_losses(context, first.architecture).kl, rel=1e-3)
 
 
 @pytest.mark.parametrize(

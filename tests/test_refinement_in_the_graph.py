@@ -55,11 +55,8 @@ def test_a_child_is_made_from_the_refined_solution(project: Project, monkeypatch
     from puzzle_dag.search import refine
 
     real_scores, real_measure = refine.score_in_context, refine.measure_in_context
-    seen = []
-
     def measure(context: Any, architecture: Any) -> Any:
         sums = real_measure(context, architecture)
-        seen.append(architecture)
         sums.kl = sums.num_tokens * (1.0 if architecture == first.architecture else 0.5)
         return sums
 
@@ -91,6 +88,37 @@ def test_other_rounds_refine_again_and_nothing_before(project: Project) -> None:
     assert record.ok and assets_of(record) >= {"refinement"}
     assert not assets_of(record) & {"block_library", "block_scores", "score_table", "cost_table", "solution", "predicted_frontier"}
     assert project.refresh().ran == []
+
+
+def test_a_refinement_that_fails_leaves_nothing_of_former_times_in_the_results(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound that doesn't bind: the search finds the same architecture, and the former refinement is not today's."""
+    file = project.root / "conf" / "scenarios" / f"{SCENARIO}.yaml"
+    before = file.read_text()
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("puzzle_dag.search.refine.refine_solution", broken)
+        project.edit(file, constraints__kv_bytes_per_token={"at_most": 1.0, "relative_to": "parent"})
+        record = project.refresh()
+    assert {str(o.item) for o in record.of("failed")} == {f"refinement[{SCENARIO}]"}
+    chain = read_chain(project.workspace, SCENARIO)
+    assert chain.searched is not None and chain.solution is None and chain.serving is None
+    assert project.workspace.shelf.value("frontier")["rows"][0]["measured_speedup"] is None
+    file.write_text(before)
+    assert project.refresh().ok and read_chain(project.workspace, SCENARIO).serving is not None
+
+
+def test_a_scenario_that_others_differ_from_need_not_be_refinable(project: Project) -> None:
+    scenarios = project.root / "conf" / "scenarios"
+    before = (scenarios / f"{SCENARIO}.yaml").read_text()
+    (scenarios / "fast.yaml").write_text(before)
+    project.edit(scenarios / "fast.yaml", objective={"maximize": "throughput", "subject_to": {"kl": {"at_most": 9.0}}})
+    project.edit(scenarios / f"{SCENARIO}.yaml", structure={"different_from": ["fast"], "min_different_layers": 1})
+    assert f"refinement[{SCENARIO}]" in {str(o.item) for o in project.refresh(dry=True).outcomes}
+    (scenarios / f"{SCENARIO}.yaml").write_text(before)
+    (scenarios / "fast.yaml").unlink()
 
 
 def test_a_scenario_that_can_not_be_refined_is_refused_before_anything_runs(project: Project) -> None:

@@ -18,7 +18,8 @@ from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.pieces import ActivationCacheLike, LayerPieces
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.search.divergence import Reference, ScoreSums
-from puzzle_dag.search.layer_runner import LayerRunner, ScoreError, cast_parent, check_computing
+from puzzle_dag.search.layer_runner import LayerRunner, cast_parent, check_computing
+from puzzle_dag.search.score import VERSION as SCORE_VERSION
 from puzzle_dag.search.score import BlockScore, EnteringRows, block_layer, pair_digest, score_pairs
 from puzzle_dag.store import ArtifactStore, fingerprint
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 VERSION = 1
 CONTEXT_KIND = "context_scores"
+BROKEN_LOSS = 1e6
+"""KL and LM loss of an exchange after which a child's outputs are not finite: none that a search would take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,6 @@ class Context:
         spaces: of every layer.
         pieces: of every layer.
         cache: hidden states of the parent; its first boundary is read, and its last, which says what the parent answers.
-        activations_digest: digest of the cache's content.
         compute_dtype: "bfloat16" or "float32"; divergences are always taken in float32.
         num_rows: rows of tokens that scores are taken on, the cache's first; all of them by default.
         rows_per_batch: rows that run through the layers at once; by default as many as suit the parent's device.
@@ -48,7 +50,6 @@ class Context:
     spaces: Sequence[LayerSpace]
     pieces: Sequence[LayerPieces]
     cache: ActivationCacheLike
-    activations_digest: str
     compute_dtype: str = "bfloat16"
     num_rows: int | None = None
     rows_per_batch: int | None = None
@@ -78,12 +79,12 @@ class Context:
         """Return all that the scores of one layer's blocks in a child hang on."""
         placed = [pair_digest(pieces, block) for pieces, block in zip(self.pieces, architecture, strict=True)]
         return {
-            "version": VERSION,
+            "versions": [VERSION, SCORE_VERSION],
             "parent": self.parent.digest,
             "child": [[block.name, digest] for i, (block, digest) in enumerate(zip(architecture, placed, strict=True)) if i != layer],
             "layer": layer,
             "pairs": {block.name: pair_digest(self.pieces[layer], block) for block in self.spaces[layer].blocks},
-            "activations": self.activations_digest,
+            "activations": self.cache.digest,
             "num_rows": len(self.cache.tokens("score")[: self.num_rows]),
             "compute_dtype": self.compute_dtype,
         }
@@ -91,21 +92,27 @@ class Context:
 
 def _as_score(layer: int, block: Block, pieces: LayerPieces, sums: ScoreSums) -> BlockScore:
     kl, lm_loss, agreement = sums.means()
-    if not (math.isfinite(kl) and math.isfinite(lm_loss)):
-        raise ScoreError(f"layer {layer}: block {block.name} gives KL {kl} and LM loss {lm_loss} in a child; train its variants again")
+    if not (math.isfinite(kl) and math.isfinite(lm_loss)):  # the child breaks with it, though the parent did not
+        kl, lm_loss, agreement = BROKEN_LOSS, BROKEN_LOSS, 0.0
     return BlockScore(layer, block.name, kl, lm_loss, agreement, sums.num_tokens, pair_digest(pieces, block))
 
 
 @torch.inference_mode()
 def measure_in_context(context: Context, architecture: Architecture) -> ScoreSums:
-    """Return how far a child is from its parent on the tokens that scores are taken on. Raises as `score_in_context`."""
+    """Return how far a child is from its parent on the tokens that scores are taken on; sums may be infinite or NaN.
+
+    Raises:
+        ScoreError: an unknown dtype.
+        PieceMissingError: a variant was never made.
+    """
     model, rows_per_batch = context.prepare()
     sums, states = ScoreSums(), context.entering(model)
     runner = LayerRunner(model, states.shape[1], context.layers(model, architecture))
     for start in range(0, len(states), rows_per_batch):
-        stop = min(start + rows_per_batch, len(states))
-        final = runner.after(-1, states[start:stop])
-        sums.add(context.reference(model, start, stop), model.lm_head, model.model.norm(final))
+        normed = model.model.norm(runner.after(-1, states[start : start + rows_per_batch]))
+        # Row by row: the parent's probabilities are float32 and as wide as the vocabulary.
+        for row, own in enumerate(normed.split(1), start):
+            sums.add(context.reference(model, row, row + 1), model.lm_head, own)
     return sums
 
 
@@ -126,7 +133,7 @@ def score_in_context(
         For each layer one score a pair, in the order of the layer's space. A layer's own block scores what the child does.
 
     Raises:
-        ScoreError: a block's output is not finite, an unknown dtype.
+        ScoreError: an unknown dtype.
         PieceMissingError: a variant was never made.
     """
     num_layers = context.parent.num_layers

@@ -62,8 +62,8 @@ class Step:
     """Layers that it changed."""
     predicted: float
     """Loss that the scores in context promised."""
-    measured: float
-    """Loss of the child."""
+    measured: float | None
+    """Loss of the child; None where its outputs were not finite."""
     is_kept: bool
     """Whether it is better than what there was."""
     blocks: str
@@ -72,8 +72,9 @@ class Step:
     @property
     def words(self) -> str:
         """The step in a line of a log."""
+        measured = "nothing finite" if self.measured is None else f"{self.measured:.4f}"
         kept = "kept" if self.is_kept else "not kept"
-        return f"round {self.round}, {self.num_changed} layers changed: {self.predicted:.4f} promised, {self.measured:.4f} measured, {kept}"
+        return f"round {self.round}, {self.num_changed} layers changed: {self.predicted:.4f} promised, {measured} measured, {kept}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,19 +82,14 @@ class Refinement:
     """What a refinement ended with."""
 
     solution: Solution
-    """The solution; the one that it began with where no step was better."""
+    """Of the best child: its objective is the measured loss, its status "feasible", and nothing is proven of it."""
     steps: tuple[Step, ...]
     """What was tried, in order, the solution that it began with first."""
 
     @property
-    def loss_before(self) -> float:
-        """Measured loss of the solution that it began with."""
-        return self.steps[0].measured
-
-    @property
-    def loss_after(self) -> float:
-        """Measured loss of the solution that it ended with."""
-        return min(step.measured for step in self.steps if step.is_kept)
+    def losses(self) -> tuple[float, ...]:
+        """Measured losses of the children that were kept: what it began with first, what it ended with last."""
+        return tuple(step.measured for step in self.steps if step.is_kept and step.measured is not None)
 
 
 def check_refinable(scenario: Scenario) -> None:
@@ -135,12 +131,13 @@ def refine_solution(
         progress: told the layers scored, round by round.
 
     Returns:
-        The solution and all steps. A refined solution has the measured loss as its objective and is "feasible": it meets
-        all constraints, and nothing is proven of it.
+        The solution and all steps. The score of a choice is that of the block alone, as in `solution`; what loosening a
+        bound would buy is carried over from there.
 
     Raises:
         ScenarioError: the objective is none that scores in context speak of, or the solution has runs.
-        ScoreError, PieceMissingError: as `score_in_context`.
+        ScoreError: the library changed since the blocks were scored, or the first child's outputs are not finite.
+        PieceMissingError: a variant was never made.
     """
     check_refinable(scenario)
     if solution.runs:
@@ -155,10 +152,18 @@ def refine_solution(
         scores = score_in_context(context, trail.best.architecture, store, rescore=rescore, progress=progress)
         if not trail.go_on(number, scores):
             break
-    if trail.best is solution:
-        return Refinement(solution, tuple(trail.steps))
-    seconds = solution.seconds + time.monotonic() - start
-    done = replace(trail.best, status="feasible", objective=trail.loss, bound=None, gap=None, seconds=seconds)
+    alone = {(s.layer, s.block): float(c) for s, c in zip(candidates.scores, candidates.costs(scenario.objective), strict=True)}
+    done = replace(
+        trail.best,
+        status="feasible",
+        objective=trail.loss,
+        bound=None,
+        gap=None,
+        choices=tuple(replace(choice, score=alone[choice.layer, choice.block]) for choice in trail.best.choices),
+        batches=tuple(replace(outcome, bound=None) for outcome in trail.best.batches),
+        seconds=solution.seconds + time.monotonic() - start,
+        loosened=solution.loosened,
+    )
     return Refinement(done, tuple(trail.steps))
 
 
@@ -203,6 +208,8 @@ class _Trail:
         """Measure the solution to begin with."""
         losses = Losses.of(measure_in_context(context, solution.architecture))
         loss = search.loss(losses)
+        if not math.isfinite(loss):
+            raise ScoreError(f"scenario {solution.scenario}: the outputs of its child are not finite; train the library again")
         first = _as_step(0, 0, solution, solution, loss, loss, True)
         return _Trail(search, context, solution, loss, len(solution.choices), {solution.architecture: losses}, [first])
 
@@ -248,6 +255,7 @@ def _check_pieces(table: ScoreTable, context: Context) -> None:
             raise ScoreError(f"layer {layer}: the library's {changed[0]} changed after it was scored; run `python -m assets refresh`")
 
 
-def _as_step(number: int, radius: int, found: Solution, before: Solution, predicted: float, measured: float, is_kept: bool) -> Step:
+def _as_step(number: int, radius: int, found: Solution, before: Solution, predicted: float, loss: float, is_kept: bool) -> Step:
     num_changed = sum(a != b for a, b in zip(found.architecture, before.architecture, strict=True))
+    measured = loss if math.isfinite(loss) else None
     return Step(number, radius, num_changed, predicted, measured, is_kept, " ".join(c.block for c in found.choices))

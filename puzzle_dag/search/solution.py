@@ -12,7 +12,7 @@ class Choice:
     """One layer's chosen block: its name, its score, and the digest of its two pieces.
 
     `run` names the run of layers that was replaced at once, where the layer is in one; its score stands with its first layer,
-    and the others have 0, so that scores still add up to the objective.
+    and the others have 0, so that scores still add up to the objective (but for a refined solution, whose objective is measured).
     """
 
     layer: int

@@ -287,9 +287,9 @@ def test_the_examples_of_the_documentation_are_valid(tmp_path):
     whole, *parts = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     examples, of_profiles = [whole], [part for part in parts if part.startswith("# conf/profiles/")]
     for part in of_profiles:
-        profile = yaml.safe_load((CONF / "profiles" / "micro.yaml").read_text())
+        profile = yaml.safe_load((CONF / "profiles" / "tiny.yaml").read_text())
         Profile.model_validate({**profile, "name": "mine", **yaml.safe_load(part)})
-    assert len(of_profiles) == 2
+    assert len(of_profiles) == 3
     for part in (part for part in parts if part not in of_profiles):
         options = part.splitlines() if part.startswith("objective") else [part]
         base = {"version": 1, "target": "cpu-prefill", "uptrain": {"tokens": 0}, "constraints": {"latency_s": {"at_most": 1.0}}}

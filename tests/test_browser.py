@@ -94,9 +94,9 @@ def ui(refreshed_project: Project, tmp_path_factory: pytest.TempPathFactory) -> 
             time.sleep(0.5)
         yield Ui(project, f"http://127.0.0.1:{port}")
     finally:
-        os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C in a terminal does
+        os.killpg(process.pid, signal.SIGTERM)  # where the tests run in the background, SIGINT is ignored by all that they start
         try:
-            process.wait(30)
+            process.wait(15)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
 

@@ -1,5 +1,6 @@
 """The demo's table and reports, from records of the real types: every number shown is the one that was recorded."""
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,6 +111,8 @@ def plan() -> Any:
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
+    (tmp_path / "conf" / "profiles").mkdir(parents=True)
+    shutil.copy(CONF / "profiles" / "tiny.yaml", tmp_path / "conf" / "profiles")
     workspace = Workspace(root=str(tmp_path), profile="tiny")
     put_scenario(workspace, NAME, solution())
     put_child(workspace)

@@ -17,7 +17,6 @@ from puzzle_dag.search.solution import Solution
 
 SCENARIO = "micro-small"
 OTHER = "micro-light"
-CHILDREN = {"child", "uptrained_child", "accuracy", "serving"}
 
 pytestmark = pytest.mark.usefixtures("no_jobs_yet")
 
@@ -55,6 +54,7 @@ def test_a_child_is_made_from_the_refined_solution(project: Project, monkeypatch
     from puzzle_dag.search import refine
 
     real_scores, real_measure = refine.score_in_context, refine.measure_in_context
+
     def measure(context: Any, architecture: Any) -> Any:
         sums = real_measure(context, architecture)
         sums.kl = sums.num_tokens * (1.0 if architecture == first.architecture else 0.5)

@@ -141,12 +141,16 @@ def losses(table: Table, score: str, picks: Sequence[BlockScore]) -> Fraction:
     return sum((values[score](s, o) for s, o in zip(picks, own, strict=True)), Fraction(0))
 
 
+def is_allowed(scenario: Scenario, layer: int, name: str) -> bool:
+    structure = scenario.structure
+    forbidden = (*structure.forbidden.get("all", ()), *structure.forbidden.get(layer, ()))
+    return fnmatchcase(name, structure.fixed.get(layer, "*")) and not any(fnmatchcase(name, p) for p in forbidden)
+
+
 def has_structure(scenario: Scenario, architecture: Architecture, earlier: Sequence[Architecture] = ()) -> bool:
     structure, names = scenario.structure, [b.name for b in architecture]
-    for layer, name in enumerate(names):
-        forbidden = (*structure.forbidden.get("all", ()), *structure.forbidden.get(layer, ()))
-        if not fnmatchcase(name, structure.fixed.get(layer, "*")) or any(fnmatchcase(name, p) for p in forbidden):
-            return False
+    if not all(is_allowed(scenario, layer, name) for layer, name in enumerate(names)):
+        return False
     most = 1 if structure.homogeneous else structure.max_distinct or len(names)
     far = all(sum(a != b for a, b in zip(architecture, e, strict=True)) >= structure.min_different_layers for e in earlier)
     return len(set(names)) <= most and far

@@ -146,7 +146,7 @@ def _retention_is_kept(plan: Plan) -> Body:
 
 def _serves_as_asked(plan: Plan) -> Body:
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
-        rows = constraints_met(workspace, read_chain(workspace, context.partition_key))
+        rows = constraints_met(workspace, read_chain(plan, workspace, context.partition_key))
         # A scenario may bound nothing that an engine measures (parameters); then there is nothing to miss.
         verdict = overall_verdict(rows)
         severity = dg.AssetCheckSeverity.ERROR if verdict == "missed" else dg.AssetCheckSeverity.WARN

@@ -46,7 +46,7 @@ def run_demo(root: Path, profile: str, say: Callable[[str], None]) -> RefreshRec
     plan, workspace = make_plan(root, profile), Workspace(root=str(root), profile=profile)
     facts = [f for f in (scenario_facts(plan, workspace, name) for name in plan.profile.scenarios) if f is not None]
     machine, stages = describe_machine(), stage_seconds(workspace)
-    results = results_table(workspace, facts)
+    results = results_table(plan, workspace, facts)
     say("")
     if facts:
         say(text_table(results.header, results.rows))

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from assets.plan import Plan
 from assets.served import constraint_rows, measured_constraints, overall_verdict
 from puzzle_dag.store import fingerprint
 from resources.workspace import Workspace
@@ -35,7 +36,7 @@ class Chain:
     speculation: Mapping[str, Any] | None
 
 
-def read_chain(workspace: Workspace, name: str) -> Chain:
+def read_chain(plan: Plan, workspace: Workspace, name: str) -> Chain:
     """Read what there is of a scenario and hangs together."""
 
     def value(asset: str) -> Mapping[str, Any] | None:
@@ -50,7 +51,7 @@ def read_chain(workspace: Workspace, name: str) -> Chain:
     solved = after(spec, "solution", "scenario_spec", fingerprint)
     searched = None if solved is None else solved["solution"]
     solution = searched
-    if workspace.read_profile().refinement is not None:
+    if plan.chosen == "refinement":
         refined = after(spec, "refinement", "scenario_spec", fingerprint)
         solution = refined["solution"] if refined and searched and refined["from"] == searched["digest"] else None
     child = after(solution, "child", "solution", lambda s: s["digest"])

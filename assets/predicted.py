@@ -50,7 +50,7 @@ def _predict(plan: Plan, workspace: Workspace) -> list[dict[str, Any]]:
     from puzzle_dag.search.predicted import predict_frontier
     from puzzle_dag.search.solution import Solution
 
-    chains = [read_chain(workspace, name) for name in workspace.read_profile().scenarios]
+    chains = [read_chain(plan, workspace, name) for name in workspace.read_profile().scenarios]
     solutions = {c.name: Solution.from_json(c.searched) for c in chains if c.searched is not None}
     scores, costs, rows = read_scores(workspace), read_costs(plan, workspace), list[dict[str, Any]]()
     for target in dict.fromkeys(s.target for s in solutions.values()):

@@ -115,7 +115,7 @@ def _speculation(report: Mapping[str, Any]) -> dict[str, Any]:
 def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts | None:
     """Return all that is known of a scenario; None where it has no solution."""
     # What is left of former times (the grades of a child that has been replaced) is not reported.
-    chain = read_chain(workspace, name)
+    chain = read_chain(plan, workspace, name)
     solution, spec, healed, served = chain.solution, chain.spec, chain.uptrained, chain.serving
     if solution is None or spec is None:
         return None
@@ -158,11 +158,11 @@ def _interval(fact: ServedFact) -> str:
     return f"{format_quantity(fact.name, fact.child)}, {ratio:.2f} x{low_high}"
 
 
-def results_table(workspace: Workspace, facts: Sequence[ScenarioFacts]) -> Table:
+def results_table(plan: Plan, workspace: Workspace, facts: Sequence[ScenarioFacts]) -> Table:
     """Return the table of results, a column a scenario: what was predicted, what was measured, what was kept."""
     columns = []
     for fact in facts:
-        mean = (read_chain(workspace, fact.name).accuracy or {}).get("mean", {})
+        mean = (read_chain(plan, workspace, fact.name).accuracy or {}).get("mean", {})
         asked = "; ".join(f"{c.name} {c.bound}" for c in fact.constraints)
         cells = {"asked for": asked, "target, batch": f"{fact.target}, {fact.solver['batch']}", "costs": str(fact.solver["costs"])}
         for s in fact.served:
@@ -240,9 +240,9 @@ def read_commit(root: Path) -> str:
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
-def _served_on(workspace: Workspace, names: Sequence[str]) -> dict[str, str]:
+def _served_on(plan: Plan, workspace: Workspace, names: Sequence[str]) -> dict[str, str]:
     """Return the machines and engines that parent and children were served on, as the measurements say."""
-    reports = [chain.serving["report"] for chain in (read_chain(workspace, n) for n in names) if chain.serving]
+    reports = [chain.serving["report"] for chain in (read_chain(plan, workspace, n) for n in names) if chain.serving]
     found = {what: sorted({str(r[key]) for r in reports}) for what, key in (("hardware", "hardware"), ("engine", "engine_version"))}
     return {what: ", ".join(values) or "nothing was served" for what, values in found.items()}
 
@@ -250,7 +250,7 @@ def _served_on(workspace: Workspace, names: Sequence[str]) -> dict[str, str]:
 def write_pages(plan: Plan, workspace: Workspace, scenarios: Sequence[str]) -> list[Path]:
     """Write the page of all and one for each scenario that has a solution; return their paths, the former's first."""
     facts = [f for f in (scenario_facts(plan, workspace, n) for n in scenarios) if f is not None]
-    machine = _served_on(workspace, scenarios)
+    machine = _served_on(plan, workspace, scenarios)
     footer = "; ".join([f"commit {read_commit(plan.root)}", *machine.values()])
     index = write_reports(plan, workspace, facts, machine=machine, footer=footer)
     return [index, *(index.parent / f"{f.name}.html" for f in facts)]
@@ -261,7 +261,7 @@ def write_reports(
 ) -> Path:
     """Write a page a scenario and one for all to var/PROFILE/reports; return the latter's path. Nothing new, nothing written."""
     folder = workspace.var / "reports"
-    index, results, stages = folder / "index.html", results_table(workspace, facts), stage_seconds(workspace)
+    index, results, stages = folder / "index.html", results_table(plan, workspace, facts), stage_seconds(workspace)
     records = [workspace.shelf.find(name) for name in ("score_table", "cost_table")]
     foreseen = workspace.shelf.find("predicted_frontier")
     content = [repr(facts), repr(results), stages, footer, [r.data_version for r in (*records, foreseen) if r]]
@@ -270,7 +270,7 @@ def write_reports(
         return index
     for fact in facts:
         write_atomically(folder / f"{fact.name}.html", render_scenario(fact, footer=footer))
-    rows = [result_row(workspace, read_chain(workspace, f.name)) for f in facts]
+    rows = [result_row(workspace, read_chain(plan, workspace, f.name)) for f in facts]
     against = [Picture(png, name.replace("_", " ")) for name, png in frontier_pictures(rows).items()]
     page = render_overview(
         plan.profile.name,

@@ -48,7 +48,7 @@ def _frontier_asset(plan: Plan) -> dg.AssetsDefinition:
         from assets.reports import frontier_pictures, write_pages
 
         time, scenarios = Stopwatch(), workspace.read_profile().scenarios
-        rows = [result_row(workspace, read_chain(workspace, name)) for name in scenarios]
+        rows = [result_row(workspace, read_chain(plan, workspace, name)) for name in scenarios]
         path = write_rows(workspace.tables / "frontier.parquet", rows)
         pages = write_pages(plan, workspace, scenarios)
         return materialised(

@@ -34,7 +34,7 @@ def serves_as_predicted(plan: Plan) -> Body:
     """Return the body of the check that the measured speed-up is the one that the cost table foretold."""
 
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
-        chain = read_chain(workspace, context.partition_key)
+        chain = read_chain(plan, workspace, context.partition_key)
         if chain.serving is None or chain.solution is None:
             return check_result(False, blocking=False, why="what was served is not of today's solution; run `python -m assets refresh`")
         kept, rows = chain.solution["batch"], []

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import duckdb
 import yaml
 
 from assets.refresh import RefreshRecord, refresh
@@ -45,6 +46,11 @@ class Project:
     def refresh(self, **options: Any) -> RefreshRecord:
         with self.instance() as instance:
             return refresh(self.root, self.profile, instance, **options)
+
+    def rows(self, query: str) -> list[Any]:
+        """Return what a query of the DuckDB file gives."""
+        with duckdb.connect(str(self.workspace.database), read_only=True) as connection:
+            return connection.execute(query).fetchall()
 
 
 def copy_project(source: Project, root: Path) -> Project:

@@ -1,6 +1,5 @@
 """The demo's table and reports, from records of the real types: every number shown is the one that was recorded."""
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -106,13 +105,11 @@ def put_child(workspace: Workspace) -> None:
 @pytest.fixture
 def plan() -> Any:
     shape = SimpleNamespace(num_key_value_heads=8, intermediate_size=768, num_hidden_layers=2)
-    return SimpleNamespace(profile=SimpleNamespace(name="tiny", scenarios=(NAME,)), shape=shape)
+    return SimpleNamespace(profile=SimpleNamespace(name="tiny", scenarios=(NAME,)), shape=shape, chosen="solution")
 
 
 @pytest.fixture
 def workspace(tmp_path: Path) -> Workspace:
-    (tmp_path / "conf" / "profiles").mkdir(parents=True)
-    shutil.copy(CONF / "profiles" / "tiny.yaml", tmp_path / "conf" / "profiles")
     workspace = Workspace(root=str(tmp_path), profile="tiny")
     put_scenario(workspace, NAME, solution())
     put_child(workspace)
@@ -124,7 +121,7 @@ def workspace(tmp_path: Path) -> Workspace:
 
 
 def test_the_table_shows_what_was_recorded(plan, workspace):
-    table = results_table(workspace, [scenario_facts(plan, workspace, NAME)])
+    table = results_table(plan, workspace, [scenario_facts(plan, workspace, NAME)])
     assert dict(table.rows) == {
         "asked for": "throughput_tokens_per_s at least 1.5 x the parent's, batch 8",
         "target, batch": "cpu-prefill, 8",
@@ -150,7 +147,7 @@ def test_what_did_not_run_is_said_to_be_so(plan, workspace):
     limit = LimitReport("latency_s", "cpu-prefill", 8, None, None, 0.7, 0.66, 1.0)
     put_scenario(workspace, "latency-70", solution("latency-70", limits=[asdict(limit)]))
     facts = [scenario_facts(plan, workspace, n) for n in (NAME, "latency-70")]
-    rows = {name: cells for name, *cells in results_table(workspace, facts).rows}
+    rows = {name: cells for name, *cells in results_table(plan, workspace, facts).rows}
     assert rows["throughput, measured"][1] == rows["retention skill_sort"][1] == "not run"
     assert scenario_facts(plan, workspace, "never-solved") is None
 

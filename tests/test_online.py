@@ -95,11 +95,6 @@ def project(micro_parent_folder: Path, tmp_path_factory: pytest.TempPathFactory,
     return made
 
 
-def rows(project: Project, query: str) -> list[Any]:
-    with duckdb.connect(str(project.workspace.database), read_only=True) as connection:
-        return connection.execute(query).fetchall()
-
-
 def read_page(project: Project) -> str:
     return html.unescape((project.workspace.var / "reports" / f"{SCENARIO}.html").read_text())
 
@@ -111,7 +106,7 @@ def test_an_interrupted_curve_goes_on_and_reaches_the_tables(project: Project, o
     record = project.refresh()
     assert record.ok and online.loads == [(SCENARIO, 1, 2)]
     assert {i.partition("[")[0] for i in record.ran} == {"load_curve", "frontier", "tables"}
-    assert rows(project, "SELECT model, concurrency, speedup, source FROM load_curve ORDER BY ALL") == [
+    assert project.rows("SELECT model, concurrency, speedup, source FROM load_curve ORDER BY ALL") == [
         (SCENARIO, 1, 2.0, "measured"),
         (SCENARIO, 2, 2.0, "measured"),
         ("parent", 1, None, "measured"),
@@ -120,7 +115,7 @@ def test_an_interrupted_curve_goes_on_and_reaches_the_tables(project: Project, o
     # The micro target's costs are of batch 2.
     levels = project.workspace.shelf.value("load_curve", SCENARIO)["curve"]["levels"]
     assert [x["predicted_ttft_s"] is None for x in levels] == [True, False, True, False]
-    assert rows(project, "SELECT batch, acceptance_rate, tokens_per_step FROM speculation ORDER BY ALL") == [(1, 0.5, 2.5), (2, 0.5, 2.5)]
+    assert project.rows("SELECT batch, acceptance_rate, tokens_per_step FROM speculation ORDER BY ALL") == [(1, 0.5, 2.5), (2, 0.5, 2.5)]
     page = read_page(project)
     assert "Under load" in page and "2.000 (2.000 to 2.000)" in page and "draft model" in page and "50.0%" in page
     assert project.refresh().ran == []
@@ -151,7 +146,7 @@ def test_an_engine_that_can_not_draft_says_so_in_the_record(project: Project, on
     page = read_page(project)
     assert "no drafts on abacuses" in page and ALTERNATIVES in page and "50.0%" not in page and "Under load" in page
     with pytest.raises(duckdb.CatalogException):
-        rows(project, "SELECT * FROM speculation")  # numbers of a former measurement would pass for this one's
+        project.rows("SELECT * FROM speculation")  # numbers of a former measurement would pass for this one's
 
 
 def test_another_chat_template_reaches_the_children_and_nothing_else(project: Project, online: Online) -> None:

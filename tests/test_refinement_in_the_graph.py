@@ -3,12 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
-import duckdb
 import pytest
 from micro_project import Project
 from ticking_engine import TickingEngine
 
 from assets.facts import read_chain
+from assets.plan import make_plan
 from assets.refresh import RefreshRecord
 from puzzle_dag.config import ConfigError
 from puzzle_dag.model.checkpoint import architecture_of, load_checkpoint
@@ -29,11 +29,6 @@ def solution(project: Project, asset: str) -> Solution:
     return Solution.from_json(project.workspace.shelf.value(asset, SCENARIO)["solution"])
 
 
-def rows(project: Project, query: str) -> list[Any]:
-    with duckdb.connect(str(project.workspace.database), read_only=True) as connection:
-        return connection.execute(query).fetchall()
-
-
 def test_switched_on_it_refines_every_scenario_and_measures_nothing_again(project: Project, engine: TickingEngine) -> None:
     project.edit(project.profile_file, refinement={"rounds": 6})
     record = project.refresh()
@@ -45,7 +40,7 @@ def test_switched_on_it_refines_every_scenario_and_measures_nothing_again(projec
         steps = project.workspace.shelf.value("refinement", name)["steps"]
         kept = [s["measured"] for s in steps if s["is_kept"]]
         assert steps[0]["round"] == 0 and kept == sorted(kept, reverse=True)
-    assert rows(project, f"SELECT count(*) FROM refinement WHERE scenario = '{SCENARIO}' AND round = 0") == [(1,)]
+    assert project.rows(f"SELECT count(*) FROM refinement WHERE scenario = '{SCENARIO}' AND round = 0") == [(1,)]
     assert project.refresh().ran == []
 
 
@@ -71,7 +66,7 @@ def test_a_child_is_made_from_the_refined_solution(project: Project, monkeypatch
     made = project.workspace.shelf.value("child", SCENARIO)
     child = load_checkpoint(project.workspace.store.folder("child", made["key"]) / "checkpoint")
     assert architecture_of(child.config) == refined.architecture and made["solution"] == refined.digest
-    chain = read_chain(project.workspace, SCENARIO)
+    chain = read_chain(make_plan(project.root, project.profile), project.workspace, SCENARIO)
     assert chain.searched is not None and chain.solution is not None and chain.serving is not None
     assert (chain.searched["digest"], chain.solution["digest"]) == (first.digest, refined.digest)
     failed = {check.partition("]: ")[2] for check in record.failed_checks if check.startswith(("refinement", "child"))}
@@ -103,11 +98,11 @@ def test_a_refinement_that_fails_leaves_nothing_of_former_times_in_the_results(p
         project.edit(file, constraints__kv_bytes_per_token={"at_most": 1.0, "relative_to": "parent"})
         record = project.refresh()
     assert {str(o.item) for o in record.of("failed")} == {f"refinement[{SCENARIO}]"}
-    chain = read_chain(project.workspace, SCENARIO)
+    chain = read_chain(make_plan(project.root, project.profile), project.workspace, SCENARIO)
     assert chain.searched is not None and chain.solution is None and chain.serving is None
     assert project.workspace.shelf.value("frontier")["rows"][0]["measured_speedup"] is None
     file.write_text(before)
-    assert project.refresh().ok and read_chain(project.workspace, SCENARIO).serving is not None
+    assert project.refresh().ok and read_chain(make_plan(project.root, project.profile), project.workspace, SCENARIO).serving is not None
 
 
 def test_a_scenario_that_others_differ_from_need_not_be_refinable(project: Project) -> None:
@@ -141,5 +136,5 @@ def test_switched_off_the_children_are_those_of_the_search_again(project: Projec
     project.profile_file.write_text(yaml.safe_dump(content))
     record = project.refresh()
     assert record.ok and project.workspace.shelf.value("child", SCENARIO)["solution"] == solution(project, "solution").digest
-    assert "refinement" not in {name for (name,) in rows(project, "SELECT table_name FROM information_schema.tables")}
+    assert "refinement" not in {name for (name,) in project.rows("SELECT table_name FROM information_schema.tables")}
     assert project.refresh().ran == []

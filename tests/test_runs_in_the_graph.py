@@ -5,7 +5,6 @@ The project is shared; each test leaves it up to date. Only the engine is arithm
 
 from typing import Any
 
-import duckdb
 import pytest
 import torch
 from micro_project import Project
@@ -31,11 +30,6 @@ def assets_of(record: RefreshRecord) -> set[str]:
     return {str(o.item) for o in record.of("ran")}
 
 
-def rows(project: Project, query: str) -> list[Any]:
-    with duckdb.connect(str(project.workspace.database), read_only=True) as connection:
-        return connection.execute(query).fetchall()
-
-
 def solution(project: Project, scenario: str = SCENARIO) -> Solution:
     return Solution.from_json(project.workspace.shelf.value("solution", scenario)["solution"])
 
@@ -55,11 +49,11 @@ def test_switching_runs_on_scores_them_and_measures_only_the_fused_width(project
     assert not any(item.startswith(("search_space", "block_library", "block_scores", "parent_", "tokens")) for item in assets_of(record))
     probed = {w for job in engine.jobs for layer in job.config["per_layer_config"].values() if (w := layer.get("intermediate_size"))}
     assert 256 in probed and len(engine.probes) < 20, "the parent's 128 channels twice; other probes are in the store"
-    assert rows(project, "SELECT run, num_layers, blocks FROM run_scores ORDER BY ALL") == [
+    assert project.rows("SELECT run, num_layers, blocks FROM run_scores ORDER BY ALL") == [
         ("drop_0-1", 2, "noop/noop noop/noop"),
         ("fuse_0-1", 2, "kv4/w256 noop/noop"),
     ]
-    costs = rows(project, "SELECT DISTINCT variant, parameters FROM costs WHERE place = 'ffn' AND variant IN ('w128', 'w256')")
+    costs = project.rows("SELECT DISTINCT variant, parameters FROM costs WHERE place = 'ffn' AND variant IN ('w128', 'w256')")
     assert dict(costs)["w256"] == 2 * dict(costs)["w128"] - 64, "one norm instead of two"
     assert project.refresh().ran == []
 
@@ -88,7 +82,7 @@ def test_the_child_of_a_fused_run_is_built_healed_and_graded(project: Project, e
             child(input_ids=tokens).logits, parent.model.lm_head(parent.model.model.norm(fused)), atol=1e-4, rtol=1e-4
         )
     assert architecture_of(checkpoint(project, "uptrained_child").config) == found.architecture
-    assert rows(project, f"SELECT runs, blocks FROM solutions WHERE scenario = '{SCENARIO}'") == [("fuse_0-1", "kv4/w256 noop/noop")]
+    assert project.rows(f"SELECT runs, blocks FROM solutions WHERE scenario = '{SCENARIO}'") == [("fuse_0-1", "kv4/w256 noop/noop")]
     assert {"child: as_assembled", "solution: feasible"}.isdisjoint({c.partition("]: ")[2] for c in record.failed_checks})
     file.write_text(before)
     assert project.refresh().ok
@@ -100,7 +94,7 @@ def test_other_runs_score_only_what_is_new(project: Project, engine: TickingEngi
     record = project.refresh()
     ran = assets_of(record)
     assert record.ok and "run_scores[L00]" in ran and "run_scores[L01]" not in ran and engine.jobs == []
-    assert rows(project, "SELECT run FROM run_scores") == [("drop_0-1",)]
+    assert project.rows("SELECT run FROM run_scores") == [("drop_0-1",)]
     project.edit(project.profile_file, search_space__runs=RUNS)
     assert project.refresh().ok and engine.jobs == [] and project.refresh().ran == []
 
@@ -130,16 +124,16 @@ def test_task_scores_fill_the_table_and_a_scenario_minimises_them(project: Proje
     ran = assets_of(record)
     assert ran >= {*(f"task_scores[{layer}]" for layer in LAYERS), *AFTER_SCORES} and engine.jobs == []
     assert not any(item.startswith(("block_", "run_scores", "child", "accuracy", "cost")) for item in ran)
-    graded = rows(project, "SELECT count(*), count(skill_copy), count(skill_facts), min(skill_copy), max(skill_copy) FROM score_table")[0]
+    graded = project.rows("SELECT count(*), count(skill_copy), count(skill_facts), min(skill_copy), max(skill_copy) FROM score_table")[0]
     assert graded[0] == graded[1] == graded[2] and 0 <= graded[3] <= graded[4] <= 1
-    assert rows(project, "SELECT count(*) FROM task_scores WHERE block IN ('drop_0-1', 'fuse_0-1')") == [(4,)]
+    assert project.rows("SELECT count(*) FROM task_scores WHERE block IN ('drop_0-1', 'fuse_0-1')") == [(4,)]
     file = project.root / "conf" / "scenarios" / f"{SCENARIO}.yaml"
     before = file.read_text()
     project.edit(file, objective={"minimize": {"skill_copy": 1.0, "skill_facts": 2.0, "kl": 0.001}})
     record = project.refresh()
     found = solution(project)
     assert record.ok and found.minimized == "0.001 kl + skill_copy + 2 skill_facts"
-    table = rows(project, "SELECT layer, block, skill_copy, skill_facts, kl FROM score_table")
+    table = project.rows("SELECT layer, block, skill_copy, skill_facts, kl FROM score_table")
     values = {(layer, block): scores for layer, block, *scores in table}
     own = values[0, "kv4/w128"]
     terms = [values[c.layer, c.block] for c in found.choices if not c.run]
@@ -178,7 +172,7 @@ def test_switched_off_all_is_as_before(project: Project) -> None:
     project.profile_file.write_text(yaml.safe_dump(content))
     record = project.refresh()
     assert record.ok and assets_of(record) >= AFTER_SCORES
-    tables = {name for (name,) in rows(project, "SELECT table_name FROM information_schema.tables")}
+    tables = {name for (name,) in project.rows("SELECT table_name FROM information_schema.tables")}
     assert not tables & set(OPT_IN_SCORES)
-    assert rows(project, "SELECT count(*) FROM information_schema.columns WHERE column_name = 'skill_copy'") == [(0,)]
+    assert project.rows("SELECT count(*) FROM information_schema.columns WHERE column_name = 'skill_copy'") == [(0,)]
     assert all(c.run == "" for c in solution(project).choices) and project.refresh().ran == []

@@ -132,8 +132,6 @@ def score_pairs(
         reference: Reference | None = None
         for ffn, half in ffn_halves.items():
             stacked = [a for a in attentions if Block(a, ffn) in sums]
-            if not stacked:
-                continue
             out = runner.after(layer, runner.layer(half, layer, torch.cat([attended[a] for a in stacked])))
             for attention, final in zip(stacked, out.split(stop - start), strict=True):
                 reference = rows.reference(final, start, stop) if reference is None else reference

@@ -99,7 +99,7 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
         **plan.options(
             "block_costs",
             deps=["cost_variants", "target_spec"],
-            stages=["puzzle_dag.costs.measure", "puzzle_dag.costs.roofline"],
+            stages=["puzzle_dag.costs.measure", "puzzle_dag.costs.tabulate", "puzzle_dag.costs.roofline"],
             partitions=plan.partitions.targets,
             kinds=("vllm", "parquet"),
             device=True,

@@ -5,8 +5,9 @@
 Measures the target's probes, the rival's models (benchmarks/repeated_layer.py) in as many engine starts or more, and
 random held-out models, all in the same rounds, so that a slow minute of the machine hits all alike. Prints for each
 batch size and phase the median and worst error of both methods beside the repeat noise of the held-out models, the
-limits that issue 3 sets, and how many engines each method started. Every engine is kept in the store: a run that was
-stopped goes on where it was, and a second run measures nothing. Ends with status 1 where ours misses its limits.
+limits that a table is held to, how many engines each method started, and the difference of the two errors within
+the models with its 95 % interval. Every engine is kept in the store: a run that was stopped goes on where it was, and a second run
+measures nothing. Ends with status 1 where ours misses its limits, or where that interval says that it is the worse one.
 """
 
 import argparse
@@ -18,13 +19,14 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from scipy.stats import t  # type: ignore[import-untyped]
+
 from benchmarks.repeated_layer import RepeatedLayers, as_llama
 from puzzle_dag.architecture import Block, variant_union
 from puzzle_dag.config import Profile, Target, read_profile, read_target
 from puzzle_dag.costs.comparison import Comparison, compare
 from puzzle_dag.costs.heldout import JUDGED, Verdict, draw_models, judge, judged_batches
-from puzzle_dag.costs.measure import measure_models, measure_target
-from puzzle_dag.costs.probes import plan_probes
+from puzzle_dag.costs.measure import measure_models, measure_target, plan_target
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.model.parent import read_parent_shape
@@ -64,8 +66,7 @@ def measure_side_by_side(
     parent = Block.parse(f"kv{shape.num_key_value_heads}/w{shape.intermediate_size}")
     spaces, llama = resolve_spaces(profile, shape), as_llama(shape)
     attentions, ffns = variant_union(spaces)
-    depth, per_variant = shape.num_hidden_layers, target.probes_per_variant
-    probes = [p.architecture for p in plan_probes(parent, attentions, ffns, num_layers=depth, probes_per_variant=per_variant)]
+    probes = [p.architecture for p in plan_target(shape, parent, target, attentions, ffns)]
     rival = RepeatedLayers.plan(parent, attentions, ffns)
     our_starts = len(probes) * target.engines_per_probe
     rounds, base_engines = rival.plan_engines(our_starts)
@@ -94,6 +95,42 @@ def measure_side_by_side(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Our error less the rival's, as a share of the time: of each held-out model, over the judged batch sizes and phases."""
+
+    mean: float
+    """Mean over the models; negative where ours is the smaller error."""
+    low: float
+    """Lower end of its 95 % confidence interval (Student's t over the models)."""
+    high: float
+    """Upper end."""
+
+    @property
+    def is_worse(self) -> bool:
+        """Whether the whole interval says that the rival predicts better."""
+        return self.low > 0
+
+
+def pair_errors(ours: list[Comparison], rivals: list[Comparison]) -> Difference:
+    """Compare both methods' errors model by model: what a model's own measurement is off by is in both and falls out.
+
+    Raises:
+        ValueError: fewer than two models.
+    """
+    judged = judged_batches({r.batch for r in ours})
+    differences: dict[str, list[float]] = {}
+    for mine, other in zip(ours, rivals, strict=True):
+        assert (mine.model, mine.batch, mine.phase) == (other.model, other.batch, other.phase)
+        if mine.phase in JUDGED and mine.batch in judged:
+            differences.setdefault(mine.model, []).append(abs(mine.error) - abs(other.error))
+    means = [statistics.fmean(of_model) for of_model in differences.values()]
+    if len(means) < 2:
+        raise ValueError(f"{len(means)} held-out models; a comparison needs 2 or more")
+    mean, half = statistics.fmean(means), float(t.ppf(0.975, len(means) - 1)) * statistics.stdev(means) / len(means) ** 0.5
+    return Difference(mean, mean - half, mean + half)
+
+
 def _ratio(ours: list[Comparison], rivals: list[Comparison]) -> float:
     """Return our median error over the rival's, over all judged batch sizes and phases."""
     judged = judged_batches({r.batch for r in ours})
@@ -106,8 +143,8 @@ def _cells(rows: list[Comparison], batch: int, phase: str, field: str) -> str:
     return f"{statistics.median(values):.1f} / {max(values):.1f}"
 
 
-def print_report(found: SideBySide) -> list[Verdict]:
-    """Print both errors beside the noise, and the verdicts on ours; return them."""
+def print_report(found: SideBySide) -> tuple[list[Verdict], Difference]:
+    """Print both errors beside the noise, the verdicts on ours, and the difference to the rival's; return both."""
     table, first = found.ours, found.ours.rows[0]
     print(f"target {table.target.name}, {first.mode}, {first.dtype}, {first.hardware}, {first.num_threads} threads, {first.engine_version}")
     models = len({r.model for r in found.our_rows})
@@ -124,7 +161,11 @@ def print_report(found: SideBySide) -> list[Verdict]:
         said = "within" if v.passed else "BEYOND"
         limits = f"{100 * v.median_limit:.1f} / {100 * v.worst_limit:.1f}"
         print(f"batch {v.batch}, {v.phase}: {100 * v.median_error:.1f} / {100 * v.worst_error:.1f} %, {said} the limits {limits} %")
-    return verdicts
+    paired = pair_errors(found.our_rows, found.rival_rows)
+    said = "WORSE than the rival's" if paired.is_worse else "no worse than the rival's"
+    shown = f"{100 * paired.mean:+.2f} points ({100 * paired.low:+.2f} to {100 * paired.high:+.2f})"
+    print(f"our error less the rival's, model by model: {shown}: {said}")
+    return verdicts, paired
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,18 +190,19 @@ def main(arguments: list[str] | None = None) -> int:
     found = measure_side_by_side(
         profile, shape, target, store, num_models=args.num_models, heldout_engines=args.heldout_engines, seed=args.seed
     )
-    verdicts = print_report(found)
+    verdicts, paired = print_report(found)
     if args.output is not None:
         content = {
             "our_starts": found.our_starts,
             "rival_starts": found.rival_starts,
             "ratio": _ratio(found.our_rows, found.rival_rows),
+            "difference": asdict(paired),
             "ours": [asdict(r) for r in found.our_rows],
             "rival": [asdict(r) for r in found.rival_rows],
             "verdicts": [asdict(v) | {"passed": v.passed} for v in verdicts],
         }
         write_atomically(args.output, json.dumps(content, indent=1) + "\n")
-    return 0 if all(v.passed for v in verdicts) else 1
+    return 0 if all(v.passed for v in verdicts) and not paired.is_worse else 1
 
 
 if __name__ == "__main__":

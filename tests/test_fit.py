@@ -60,6 +60,18 @@ def test_an_engine_that_something_slowed_down_hardly_counts(row):
     assert np.abs(plain / seconds - 1).max() > 0.04, "the disturbance must be one that plain least squares can't take"
 
 
+@pytest.mark.parametrize("spread", [0.05, 0.12])
+def test_noise_pulls_predictions_to_neither_side(spread):
+    """Relative to the measurement itself, 12 % of noise would pull a fit down by 2.9 % (1 / (1 + 2 * 0.12 ** 2))."""
+    counts, _truth, seconds = plan(engines=4)
+    rng = np.random.default_rng(1)
+    off = []
+    for _ in range(60):
+        fit = fit_costs(counts, seconds * np.exp(spread * rng.standard_normal(len(seconds))))
+        off.append(np.mean((fit.constant_s + counts @ fit.seconds) / seconds - 1))
+    assert abs(np.mean(off)) < 0.25 * 2 * spread**2
+
+
 def test_costs_are_never_negative():
     counts, _truth, seconds = plan()
     rng = np.random.default_rng(3)

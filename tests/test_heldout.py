@@ -1,5 +1,6 @@
 """The held-out check's verdicts, the comparisons behind it, the benchmark's two methods, and the pictures of costs."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -122,7 +123,7 @@ def test_the_benchmark_counts_what_it_starts(bench):
     (num_jobs, status, found), (again, _, same) = bench
     # The single layer is a model of both, and measured once in each of the two rounds.
     num_engines = found["our_starts"] + found["rival_starts"] - 2
-    assert found["our_starts"] == 16 <= found["rival_starts"] and num_jobs == num_engines + 4 * 3
+    assert found["our_starts"] == 24 <= found["rival_starts"] and num_jobs == num_engines + 4 * 3
     assert again == 0 and same == found  # nothing is measured twice: a run that was stopped goes on
     assert status == 0 and all(v["passed"] for v in found["verdicts"])
 
@@ -132,6 +133,20 @@ def test_both_methods_are_right_where_costs_add_up(bench):
     for rows in (found["ours"], found["rival"]):
         assert len(rows) == 4 * 3 and all(abs(r["error"]) < 0.01 for r in rows)
     assert [r["model"] for r in found["ours"]] == [r["model"] for r in found["rival"]]
+
+
+def test_the_benchmark_tells_the_better_method_by_models(bench):
+    rows = make_rows([0.02, -0.03, 0.04, 0.02, -0.05])
+    half, twice = ([dataclasses.replace(r, error=factor * r.error) for r in rows] for factor in (0.5, 2.0))
+    assert cost_model.pair_errors(twice, rows).is_worse and not cost_model.pair_errors(half, rows).is_worse
+    same = cost_model.pair_errors(rows, rows)
+    assert (same.mean, same.low, same.high, same.is_worse) == (0, 0, 0, False)
+    mixed = [dataclasses.replace(r, error=r.error * (2.0 if i % 2 else 0.5)) for i, r in enumerate(rows)]
+    unsure = cost_model.pair_errors(mixed, rows)
+    assert unsure.low < 0 < unsure.high and not unsure.is_worse
+    with pytest.raises(ValueError, match="2 or more"):
+        cost_model.pair_errors(rows[:1], rows[:1])
+    assert set(bench[0][2]["difference"]) == {"mean", "low", "high"}
 
 
 def test_pictures_show_costs_and_errors():

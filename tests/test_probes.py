@@ -1,5 +1,6 @@
 """The probe plan: larger sets plan all probes of smaller ones, and the models always tell the unknowns apart."""
 
+import collections
 import itertools
 import json
 
@@ -9,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from puzzle_dag.architecture import FFN, Attention, Block
-from puzzle_dag.costs.probes import count_variants, list_unknowns, name_architecture, plan_probes, probe_config, serving_config
+from puzzle_dag.costs.probes import (
+    _plan_mixture,
+    count_unlike,
+    count_variants,
+    list_unknowns,
+    name_architecture,
+    plan_probes,
+    probe_config,
+    serving_config,
+)
 from puzzle_dag.model.checkpoint import architecture_of
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
@@ -53,6 +63,57 @@ def test_models_tell_all_unknowns_and_the_constant_apart(num_layers, num_variant
     full = np.hstack([counts, np.ones((len(counts), 1))])
     assert np.linalg.matrix_rank(full) == full.shape[1] == 2 + 2 * num_variants + 1
     assert np.linalg.cond(full / np.linalg.norm(full, axis=0)) < 60
+
+
+def mixtures(attentions, ffns, num_layers=6, count=4):
+    probes = plan_probes(PARENT, attentions, ffns, num_layers=num_layers, mixtures=count)
+    return [p.architecture for p in probes if p.name.startswith("mixture/")]
+
+
+@pytest.mark.parametrize(("num_layers", "depth"), [(2, 4), (6, 6), (80, 16)])
+def test_mixtures_are_of_unlike_layers_at_the_depth_of_children(num_layers, depth):
+    planned = mixtures(ATTENTIONS, FFNS, num_layers)
+    assert len(set(planned)) == 4 and {len(a) for a in planned} == {depth}
+    assert all(a[0].attention == PARENT.attention for a in planned), "the engine needs real attention"
+    assert (count_unlike(planned, PARENT) >= 2).all()
+    assert mixtures(reversed(ATTENTIONS), reversed(FFNS), num_layers) == planned, "the order in which variants are named is no matter"
+
+
+@settings(max_examples=60, deadline=None)
+@given(attention_sets, ffn_sets, st.sampled_from(FFNS))
+def test_a_new_variant_changes_only_the_places_of_mixtures_that_it_takes(attentions, ffns, new):
+    before, after = (dict(enumerate(_drawn_mixtures(attentions, s))) for s in (ffns, ffns | {new}))
+    for index, architecture in before.items():
+        for old_block, new_block in zip(architecture, after[index], strict=True):
+            assert new_block.attention == old_block.attention
+            assert new_block.ffn in (old_block.ffn, new)
+
+
+def _drawn_mixtures(attentions, ffns):
+    """Mixtures, those included that plan_probes leaves out because they came out too much alike."""
+    return [_plan_mixture(PARENT, attentions, ffns, 6, index).architecture for index in range(4)]
+
+
+def test_every_variant_is_as_likely_anywhere():
+    drawn = [_plan_mixture(PARENT, ATTENTIONS, FFNS, 16, index).architecture for index in range(300)]
+    for place, variants in (("attention", ATTENTIONS), ("ffn", FFNS)):
+        counts = collections.Counter(getattr(block, place) for architecture in drawn for block in architecture[1:])
+        expected = 300 * 15 / len(variants)
+        assert all(abs(counts[v] - expected) < 6 * expected**0.5 for v in variants), counts
+
+
+def test_a_space_without_two_variants_has_no_mixture():
+    assert mixtures([Attention("noop")], [FFN("noop"), FFN.parse("w384")]) == []
+
+
+def test_fused_ffns_stand_in_no_mixture():
+    assert all(b.ffn.name != "w1536" for a in mixtures(ATTENTIONS, [*FFNS, FFN.parse("w1536")]) for b in a)
+
+
+def test_unlike_pieces_match_a_count_by_hand():
+    blocks = ["kv8/w768", "kv4/w768", "kv4/noop", "noop/linear", "kv8/w768"]
+    alike = tuple(Block.parse(b) for b in (*blocks[:3], "noop/w768"))
+    assert count_unlike([tuple(map(Block.parse, blocks)), alike, (PARENT,) * 3], PARENT).tolist() == [3, 0, 0]
 
 
 def test_noops_alone_add_no_probe():

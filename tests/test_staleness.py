@@ -12,6 +12,8 @@ from ticking_engine import TickingEngine
 
 from assets.definitions import build_definitions
 from assets.plan import make_plan
+from puzzle_dag.model.checkpoint import architecture_of
+from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from resources.rows import read_rows
 
 LAYERS = ("L00", "L01")
@@ -82,8 +84,11 @@ def test_a_new_width_measures_only_its_own_probes(project: Project, engine: Tick
     expected |= {"cost_variants", "block_costs[micro-eager]", "cost_table"} | {f"solution[{s}]" for s in SCENARIOS}
     assert set(record.ran) - {"frontier"} == expected | with_children(project, before)
     assert trained(project, "L01") == ["ffn/w48"]
-    num_new = project.workspace.shelf.value("block_costs", "micro-eager")["num_engines"] - costs["num_engines"]
-    assert 0 < len(engine.probes) == num_new < costs["num_engines"]
+    now = project.workspace.shelf.value("block_costs", "micro-eager")["num_engines"]
+    # Its own probe, and the mixtures in which it took a place.
+    assert 0 < now - costs["num_engines"] <= len(engine.probes) < costs["num_engines"]
+    models = [PuzzleDagConfig(**{k: v for k, v in job.config.items() if k != "model_type"}) for job in engine.jobs if job.config]
+    assert all(any(block.ffn.name == "w48" for block in architecture_of(model)) for model in models)
 
 
 def test_a_constraint_runs_only_its_scenario(project: Project, engine: TickingEngine) -> None:

@@ -47,7 +47,10 @@ class Target(Settings):
     batch_sizes: tuple[int, ...] = Field(min_length=1)
     """Concurrent requests that are measured."""
     probes_per_variant: int = Field(default=1, gt=0)
-    """Probe models for each variant, beside four that are shared."""
+    """Probe models for each variant, beside the parent's four and the mixtures."""
+    mixtures: int = Field(default=4, ge=0)
+    """Probe models in which all variants are mixed at random, as in a child. They tell what unlike layers take more than the sum of
+    what they take among their like; 0 takes that to be nothing."""
     engines_per_probe: int = Field(default=2, gt=0)
     """Engines each probe is measured in."""
     repeats: int = Field(default=5, gt=1)

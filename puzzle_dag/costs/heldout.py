@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from puzzle_dag.architecture import FFN, NO_BLOCK, Architecture, Attention, Block
 from puzzle_dag.config import Target
 from puzzle_dag.costs.comparison import Comparison, TimedPhase, compare
-from puzzle_dag.costs.measure import measure_models, measure_target
-from puzzle_dag.costs.probes import plan_probes
+from puzzle_dag.costs.measure import measure_models, measure_target, plan_target
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.progress import Progress, silent
@@ -163,8 +162,7 @@ def measure_and_compare(
         The table, and one comparison a (probe or held-out model, batch size, phase).
     """
     attentions, ffns = sorted({parent_block.attention, *attentions}), sorted({parent_block.ffn, *ffns})
-    planned = plan_probes(parent_block, attentions, ffns, num_layers=shape.num_hidden_layers, probes_per_variant=target.probes_per_variant)
-    probes = [p.architecture for p in planned]
+    probes = [p.architecture for p in plan_target(shape, parent_block, target, attentions, ffns)]
     blocks = [[Block(a, f) for a in attentions for f in ffns]] * shape.num_hidden_layers
     heldout = draw_models(blocks, target.heldout_models, known=probes, own_width=parent_block.ffn.intermediate_size)
     rounds = measure_models(shape, [*probes, *heldout], target, store, remeasure=remeasure, progress=progress)

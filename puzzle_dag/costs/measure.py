@@ -12,7 +12,7 @@ from puzzle_dag.costs.agreement import check_installed
 from puzzle_dag.costs.fitting import check_capacity, check_memory, check_tensor_parallel
 from puzzle_dag.costs.imports import find_imported
 from puzzle_dag.costs.memory import NumberTypes
-from puzzle_dag.costs.probes import plan_probes, serving_config
+from puzzle_dag.costs.probes import Probe, plan_probes, serving_config
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.costs.tabulate import Measurement, fit_table
 from puzzle_dag.costs.trace import trace_provenance
@@ -140,6 +140,20 @@ def measure_models(
     return [Measurement(p.architecture, results[p.job.name]) for p in planned]
 
 
+def plan_target(
+    shape: PuzzleDagConfig, parent_block: Block, target: Target, attentions: Iterable[Attention], ffns: Iterable[FFN]
+) -> tuple[Probe, ...]:
+    """Return the probes of a target, as many as its settings say."""
+    return plan_probes(
+        parent_block,
+        attentions,
+        ffns,
+        num_layers=shape.num_hidden_layers,
+        probes_per_variant=target.probes_per_variant,
+        mixtures=target.mixtures,
+    )
+
+
 def measure_target(
     shape: PuzzleDagConfig,
     parent_block: Block,
@@ -183,11 +197,11 @@ def measure_target(
         if imported is None:
             raise HardwareMismatchError(f"{error}; or import what was measured there: `puzzle-dag costs import FILE`") from None
         return imported
-    probes = plan_probes(parent_block, attentions, ffns, num_layers=shape.num_hidden_layers, probes_per_variant=target.probes_per_variant)
+    probes = plan_target(shape, parent_block, target, attentions, ffns)
     measured = measure_models(shape, [p.architecture for p in probes], target, store, remeasure=remeasure, progress=progress)
     capacity = check_capacity(shape, target, measured)
     for check in capacity:
         if not check.agrees:
             log.warning("target %s: the engine's KV cache is not what the arithmetic says: %s", target.name, check)
-    table = fit_table(shape, target, attentions, ffns, measured)
+    table = fit_table(shape, parent_block, target, attentions, ffns, measured)
     return replace(table, provenance=trace_provenance(shape, target, measured, capacity))

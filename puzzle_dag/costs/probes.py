@@ -1,15 +1,19 @@
-"""Which models are measured to learn what each variant costs: anchors made of parent blocks, and one or more a variant.
+"""Which models are measured to learn what each variant costs: anchors, one or more models a variant, and mixtures of all.
 
-A probe depends on the parent's shape, the parent's block and at most one further variant, never on which other
-variants are asked for: a larger search space plans every probe of a smaller one, so only what is new is measured.
-No-ops fill the other places: they cost nothing. With noise that is a share of the time measured, the mean error of a
+An anchor or a variant's probe depends on the parent's shape, the parent's block and at most one further variant, never on
+which others are asked for: a larger search space plans all of a smaller one's, so only what is new is measured. No-ops
+fill the other places: they cost nothing. With noise that is a share of the time measured, the mean error of a
 predicted model is 0.36 times that of one engine when each probe runs twice (42 pairs a layer, six layers); probes of the
 parent's depth with the parent's partner in every other layer would give 0.68 (`python -m benchmarks.probe_design`).
+
+Mixtures look like children: a random variant in every place. A model of unlike layers can take longer than the sum of what
+its layers take among their like (buffers of other sizes find less of themselves in the caches), and only such models tell.
 """
 
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +23,10 @@ from puzzle_dag.model.checkpoint import child_config
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 _MAX_DEPTH = 16
+_LEAST_MIXED = 4
 _NO_ATTENTION, _NO_FFN = Attention("noop"), FFN("noop")
 
+_PieceT = TypeVar("_PieceT", Attention, FFN)
 Variant = tuple[Literal["attention", "ffn", "constant"], str]
 """("attention", "kv4"); ("constant", "engine") is what a model costs beside its layers."""
 
@@ -30,7 +36,7 @@ class Probe:
     """A model to measure."""
 
     name: str
-    """Says what it is for: "parent-full", "ffn/w384/0"."""
+    """Says what it is for: "parent-full", "ffn/w384/0", "mixture/2"."""
     architecture: Architecture
     """Its blocks."""
 
@@ -82,10 +88,35 @@ def _plan_variant(parent: Block, variant: Attention | FFN, num_layers: int, inde
     return Probe(f"{place}/{variant.name}/{index}", tuple(blocks))
 
 
+def _drawn(variants: Sequence[_PieceT], place: str, index: int, layer: int) -> _PieceT:
+    """Return the variant whose hash is the smallest at this place of this mixture: a new variant changes only places that it wins."""
+    return min(variants, key=lambda v: hashlib.sha256(f"{index}/{layer}/{place}/{v.name}".encode()).digest())
+
+
+def _plan_mixture(parent: Block, attentions: Iterable[Attention], ffns: Iterable[FFN], num_layers: int, index: int) -> Probe:
+    """Return mixture `index`: any variant anywhere, all equally likely, but the parent's attention in the first layer.
+
+    It has the parent's depth, or four layers where that has fewer. FFNs that were fused of several, which stand for runs of
+    layers, are left out.
+    """
+    narrow = sorted({parent.ffn, *(f for f in ffns if f.intermediate_size <= parent.ffn.intermediate_size)})
+    mixed, blocks = sorted({parent.attention, *attentions}), []
+    for layer in range(max(_LEAST_MIXED, min(num_layers, _MAX_DEPTH))):
+        attention = _drawn(mixed, "attention", index, layer) if layer else parent.attention
+        blocks.append(Block(attention, _drawn(narrow, "ffn", index, layer)))
+    return Probe(f"mixture/{index}", tuple(blocks))
+
+
 def plan_probes(
-    parent: Block, attentions: Iterable[Attention], ffns: Iterable[FFN], *, num_layers: int, probes_per_variant: int = 1
+    parent: Block,
+    attentions: Iterable[Attention],
+    ffns: Iterable[FFN],
+    *,
+    num_layers: int,
+    probes_per_variant: int = 1,
+    mixtures: int = 0,
 ) -> tuple[Probe, ...]:
-    """Return the models to measure: four anchors, then `probes_per_variant` for each variant that is neither parent's nor no-op.
+    """Return the models to measure: four anchors, `probes_per_variant` for each variant that is neither parent's nor no-op, mixtures.
 
     Args:
         parent: the parent's own block.
@@ -93,11 +124,15 @@ def plan_probes(
         ffns: FFN variants whose cost is wanted, in any order.
         num_layers: the parent's depth.
         probes_per_variant: models in which each variant is measured.
+        mixtures: models of many variants; those that come out with fewer than two unlike variants are left out.
     """
+    attentions, ffns = list(attentions), list(ffns)
     known = {parent.attention, parent.ffn, _NO_ATTENTION, _NO_FFN}
     variants: list[Attention | FFN] = [*sorted(set(attentions) - known), *sorted(set(ffns) - known)]
     probes = _plan_anchors(parent, num_layers)
     probes += [_plan_variant(parent, v, num_layers, i) for v in variants for i in range(probes_per_variant)]
+    mixed = [_plan_mixture(parent, attentions, ffns, num_layers, i) for i in range(mixtures)]
+    probes += [p for p, num_unlike in zip(mixed, count_unlike([p.architecture for p in mixed], parent), strict=True) if num_unlike]
     unique: dict[tuple[str, ...], Probe] = {}
     for probe in probes:
         unique.setdefault(name_architecture(probe.architecture), probe)
@@ -126,6 +161,18 @@ def count_variants(architectures: Iterable[Architecture], unknowns: tuple[Varian
                     row[columns[variant]] += 1
         rows.append(row)
     return np.array(rows).reshape(-1, len(unknowns))
+
+
+def count_unlike(architectures: Iterable[Architecture], parent: Block) -> NDArray[np.float64]:
+    """Return how many pieces of each model are neither the parent's nor no-ops, 0 where these are all of one kind, [architectures].
+
+    A model in which one variant alone stands beside the parent's, as in the probes of a variant, has layers that are alike.
+    """
+    known, counts = {parent.attention, parent.ffn, _NO_ATTENTION, _NO_FFN}, []
+    for architecture in architectures:
+        unlike = [piece for block in architecture for piece in (block.attention, block.ffn) if piece not in known]
+        counts.append(len(unlike) if len(set(unlike)) > 1 else 0)
+    return np.array(counts, dtype=np.float64)
 
 
 def probe_config(shape: PuzzleDagConfig, architecture: Architecture) -> PuzzleDagConfig:

@@ -41,7 +41,16 @@ class RowTemplate:
         )
 
     def fill(
-        self, place: CostPlace, variant: str, batch: int, phase: Phase, *, seconds: float, error: float = 0.0, noise: float = 0.0
+        self,
+        place: CostPlace,
+        variant: str,
+        batch: int,
+        phase: Phase,
+        *,
+        seconds: float,
+        error: float = 0.0,
+        noise: float = 0.0,
+        mixing_s: float = 0.0,
     ) -> CostRow:
         """Return the row of one variant at one batch size in one phase.
 
@@ -53,6 +62,7 @@ class RowTemplate:
             seconds: time it adds to the phase, for the whole batch.
             error: standard error of `seconds`.
             noise: relative standard deviation between engines that measured the same model.
+            mixing_s: the part of `seconds` that only a model of unlike layers pays.
 
         Raises:
             UnknownDtypeError: the bytes of the target's number types are not known.
@@ -82,4 +92,5 @@ class RowTemplate:
             weight_bytes=count_weight_bytes(share, types),
             kv_bytes_per_token=count_kv_bytes_per_token(share, types),
             source="by construction" if variant == "noop" else self.source,
+            mixing_s=mixing_s,
         )

@@ -26,7 +26,7 @@ CONSTANT = "engine"
 CostPlace = Literal["attention", "ffn", "constant"]
 """A place of a layer, or what a model costs beside its layers."""
 _METADATA_KEY = b"puzzle_dag"
-_FORMAT = 2
+_FORMAT = 3
 
 
 class CostTableError(ValueError):
@@ -64,7 +64,7 @@ class CostRow:
     variant: str
     """Name of the variant; "engine" for the constant."""
     seconds: float
-    """Time it adds to the phase, for the whole batch."""
+    """Time it adds to the phase of a model whose layers are unlike each other, for the whole batch."""
     seconds_error: float
     """Standard error of `seconds` from the fit."""
     repeat_noise: float
@@ -82,6 +82,9 @@ class CostRow:
     """Type of the KV cache; "auto" is that of the activations."""
     tensor_parallel_size: int = 1
     """GPUs that a layer is spread over."""
+    mixing_s: float = 0.0
+    """The part of `seconds` that a model pays for its layers being unlike: it falls away where this variant stands alone beside the
+    parent's own, as in its probe. 0 for the parent's own and for no-ops."""
 
 
 @dataclass(frozen=True)
@@ -140,10 +143,15 @@ class CostTable:
         return self.row("constant", CONSTANT, batch, phase).repeat_noise
 
     def seconds(self, architecture: Architecture, batch: int, phase: Phase) -> float:
-        """Return the predicted seconds of a model in a phase. Raises CostTableError for a variant that was not measured."""
-        pieces = (self.piece_seconds("attention", b.attention.name, batch, phase) for b in architecture)
-        others = (self.piece_seconds("ffn", b.ffn.name, batch, phase) for b in architecture)
-        return self.constant_seconds(batch, phase) + sum(pieces) + sum(others)
+        """Return the predicted seconds of a model in a phase. Raises CostTableError for a variant that was not measured.
+
+        A model with only one kind of piece beside the parent's has layers that are alike, and pays nothing for mixing. (The search,
+        which adds up pieces, takes every child for mixed.)
+        """
+        rows = [self.row("attention", b.attention.name, batch, phase) for b in architecture]
+        rows += [self.row("ffn", b.ffn.name, batch, phase) for b in architecture]
+        is_mixed = len({(r.place, r.variant) for r in rows if r.mixing_s}) > 1
+        return self.constant_seconds(batch, phase) + sum(r.seconds - (0.0 if is_mixed else r.mixing_s) for r in rows)
 
     def to_piece_costs(self, shape: "PuzzleDagConfig") -> PieceCosts:
         """Return the table as the search sees it, for a parent of this shape (every layer alike)."""

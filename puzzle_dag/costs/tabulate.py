@@ -1,24 +1,30 @@
-"""From measured models to a cost table: one fit a batch size and phase, with bytes by arithmetic beside the seconds."""
+"""From measured models to a cost table: one fit a batch size and phase, with bytes by arithmetic beside the seconds.
+
+Mixtures have one unknown more: what each piece that isn't the parent's own takes longer among unlike layers. In the table
+it is part of each such piece's seconds, so that costs still add up, and are right for children.
+"""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from puzzle_dag.architecture import FFN, Architecture, Attention
+from puzzle_dag.architecture import FFN, Architecture, Attention, Block
 from puzzle_dag.config import Target
 from puzzle_dag.costs.fit import Vector, fit_costs
-from puzzle_dag.costs.probes import Variant, count_variants, list_unknowns
+from puzzle_dag.costs.probes import Variant, count_unlike, count_variants, list_unknowns
 from puzzle_dag.costs.rows import RowTemplate
 from puzzle_dag.costs.table import CONSTANT, PHASES, CostRow, CostTable, sort_rows
 from puzzle_dag.engine.jobs import EngineResult
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.piece_costs import Phase
 
+VERSION = 1
 _CONSTANT: Variant = ("constant", CONSTANT)
+_MIXING: Variant = ("constant", "mixing")
 
 Fitted = dict[Variant, tuple[float, float]]
-"""Variant -> seconds and their standard error, of one batch size and phase."""
+"""Variant -> seconds and their standard error, of one batch size and phase; `_MIXING` where there were mixtures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,28 +50,46 @@ def _pool_noise(measurements: list[Measurement], batch: int, phase: Phase) -> fl
 
 
 def _build_rows(
-    shape: PuzzleDagConfig, target: Target, pieces: list[Variant], fits: dict[tuple[int, Phase], Fitted], measured: list[Measurement]
+    template: RowTemplate, parent: Block, pieces: list[Variant], fits: dict[tuple[int, Phase], Fitted], measured: list[Measurement]
 ) -> list[CostRow]:
-    template, rows = RowTemplate.measured(shape, target, measured[0].result), []
+    spared, rows = {("attention", parent.attention.name), ("ffn", parent.ffn.name), _CONSTANT}, []
     for (batch, phase), fitted in fits.items():
-        noise = _pool_noise(measured, batch, phase)
-        for place, name in [*pieces, _CONSTANT]:
-            seconds, error = (0.0, 0.0) if name == "noop" else fitted[place, name]
-            rows.append(template.fill(place, name, batch, phase, seconds=seconds, error=error, noise=noise))
+        noise, (mixing_s, mixing_error) = _pool_noise(measured, batch, phase), fitted.get(_MIXING, (0.0, 0.0))
+        for piece in [*pieces, _CONSTANT]:
+            seconds, error = (0.0, 0.0) if piece[1] == "noop" else fitted[piece]
+            own_s, own_error = (0.0, 0.0) if piece[1] == "noop" or piece in spared else (mixing_s, mixing_error)
+            error = float(np.hypot(error, own_error))
+            rows.append(template.fill(*piece, batch, phase, seconds=seconds + own_s, error=error, noise=noise, mixing_s=own_s))
     return rows
 
 
 def fit_table(
-    shape: PuzzleDagConfig, target: Target, attentions: Iterable[Attention], ffns: Iterable[FFN], measured: list[Measurement]
+    shape: PuzzleDagConfig,
+    parent: Block,
+    target: Target,
+    attentions: Iterable[Attention],
+    ffns: Iterable[FFN],
+    measured: list[Measurement],
 ) -> CostTable:
     """Fit the costs of some variants to measurements of models, one robust regression a batch size and phase.
+
+    Args:
+        shape: the parent's configuration.
+        parent: the parent's own block, which pays nothing for unlike layers.
+        target: what was measured.
+        attentions: attention variants whose rows are wanted; each is in a model that was measured, or a no-op.
+        ffns: FFN variants, likewise.
+        measured: engines, several of one model among them.
 
     Raises:
         UnidentifiedCostError: the measurements don't tell the variants apart.
         UnknownDtypeError: the bytes of the target's number types are not known.
     """
-    unknowns = list_unknowns(m.architecture for m in measured)
-    counts = count_variants((m.architecture for m in measured), unknowns)
+    architectures = [m.architecture for m in measured]
+    unknowns = list_unknowns(architectures)
+    counts, unlike = count_variants(architectures, unknowns), count_unlike(architectures, parent)
+    if unlike.any():
+        unknowns, counts = (*unknowns, _MIXING), np.hstack([counts, unlike[:, None]])
     fits: dict[tuple[int, Phase], Fitted] = {}
     residuals = {}
     for batch in target.batch_sizes:
@@ -77,5 +101,5 @@ def fit_table(
             fits[batch, phase], residuals[f"{batch}/{phase}"] = fitted, fit.residual
     pieces: list[Variant] = [("attention", a.name) for a in sorted(set(attentions))]
     pieces += [("ffn", f.name) for f in sorted(set(ffns))]
-    rows = _build_rows(shape, target, pieces, fits, measured)
+    rows = _build_rows(RowTemplate.measured(shape, target, measured[0].result), parent, pieces, fits, measured)
     return CostTable(sort_rows(rows), target, len(measured), residuals)

@@ -130,12 +130,20 @@ def test_the_sensor_asks_once_for_each_state_of_conf(project: Project, definitio
     sensor = definitions.resolve_sensor_def("conf_micro_sensor")
     with dg.DagsterInstance.ephemeral() as instance:
         first = sensor.evaluate_tick(dg.build_sensor_context(instance=instance))
-        assert [r.run_key for r in first.run_requests or []] == [f"micro:{digest_configuration(project.root / 'conf')}"]
+        assert len(first.run_requests or []) == 1 and first.cursor == digest_configuration(project.root / "conf")
         second = sensor.evaluate_tick(dg.build_sensor_context(instance=instance, cursor=first.cursor))
         assert not second.run_requests and second.skip_message
-        project.edit(project.root / "conf" / "scenarios" / "micro-small.yaml", retention_floor=0.02)
+        file = project.root / "conf" / "scenarios" / "micro-small.yaml"
+        as_before = file.read_text()
+        project.edit(file, retention_floor=0.02)
         third = sensor.evaluate_tick(dg.build_sensor_context(instance=instance, cursor=first.cursor))
-        assert len(third.run_requests or []) == 1
+        file.write_text(as_before)
+        back = sensor.evaluate_tick(dg.build_sensor_context(instance=instance, cursor=third.cursor))
+        assert back.cursor == first.cursor != third.cursor
+        requests = [request for tick in (first, third, back) for request in tick.run_requests or []]
+        keys = [request.run_key for request in requests if request.run_key is not None]
+        # Dagster launches a run key once for ever.
+        assert len(requests) == 3 and len(set(keys)) == len(keys)
 
 
 def test_imports_flow_one_way() -> None:

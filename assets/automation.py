@@ -40,8 +40,8 @@ def conf_sensor(plan: Plan, refresh_job: dg.JobDefinition) -> dg.SensorDefinitio
             context.log.warning(f"left out: {problem}")
         if adoption.added or adoption.retired:
             context.log.info(f"new: {', '.join(adoption.added) or 'none'}; retired: {', '.join(adoption.retired) or 'none'}")
-        digest = digest_configuration(plan.root / "conf")
-        context.update_cursor(digest)
-        return dg.RunRequest(run_key=f"{name}:{digest}")
+        context.update_cursor(digest_configuration(plan.root / "conf"))
+        # Without a run key: Dagster launches one only once, also if that run failed, but conf/ may go back to a state that it had before.
+        return dg.RunRequest()
 
     return sensor

@@ -21,12 +21,14 @@ from puzzle_dag.config import (
     Scenario,
     check_name,
     library_of,
+    misfit,
+    profile_file,
     read_any_profile,
     read_foreign_scenario,
     read_scenario,
-    read_target,
 )
-from puzzle_dag.preflight import check_refinable, check_scenario, check_scores
+from puzzle_dag.preflight import list_placed_blocks, read_targets
+from puzzle_dag.scenario_checks import PlacedBlocks, check_scenario
 from puzzle_dag.search.foreign import ForeignLibraryError, read_foreign_library
 from puzzle_dag.search.foreign_scenario import check_foreign_scenario
 from puzzle_dag.store import write_atomically
@@ -47,8 +49,8 @@ def validate_scenario(root: Path, profile_name: str, name: str, text: str, *, wh
         where: what messages call it; by default its place in conf/.
 
     Raises:
-        ConfigError: it is no valid scenario, or its target or a batch size isn't one that the profile measures; of a foreign
-            library: it bounds a number that the library lacks.
+        ConfigError: it is no valid scenario, or one that a refresh would refuse: a target or a batch size that the profile doesn't
+            measure, a layer or block that isn't there; of a foreign library, a number that it lacks.
     """
     conf, profile = root / "conf", read_any_profile(root / "conf", profile_name)
     check_name(name)
@@ -56,24 +58,38 @@ def validate_scenario(root: Path, profile_name: str, name: str, text: str, *, wh
         trial = Path(folder) / "scenarios" / f"{name}.yaml"
         write_atomically(trial, text)
         try:
-            scenario = (read_foreign_scenario if isinstance(profile, ForeignProfile) else read_scenario)(Path(folder), name)
+            return (_try_foreign if isinstance(profile, ForeignProfile) else _try)(root, profile, trial)
         except ConfigError as error:
             shown = where or str(conf / "scenarios" / trial.name)
             raise ConfigError(str(error).replace(str(trial), shown)) from None
-    if isinstance(scenario, ForeignScenario):
-        _check_against_library(root, profile, scenario)
-    else:
-        check_scenario(scenario, {target: read_target(conf, target) for target in profile.targets})
-        check_scores(scenario, profile)
-        check_refinable(scenario, profile)
+
+
+def _try(root: Path, profile: Profile, trial: Path) -> Scenario:
+    """Read a scenario's file and make the checks that a refresh makes. Raises ConfigError."""
+    conf = root / "conf"
+
+    def read_placed() -> PlacedBlocks:
+        from puzzle_dag.model.parent import read_parent_shape  # with transformers, which few scenarios need
+
+        try:
+            return list_placed_blocks(profile, read_parent_shape(profile.parent, root), file=profile_file(conf, profile.name))
+        except ConfigError:
+            raise
+        except ValueError as error:
+            raise misfit(profile_file(conf, profile.name), ("parent",), f"can't be read: {error}", owner=profile.name) from error
+
+    scenario = read_scenario(trial.parents[1], trial.stem)
+    check_scenario(conf, profile, scenario, read_targets(conf, profile), read_placed, file=trial)
     return scenario
 
 
-def _check_against_library(root: Path, profile: ForeignProfile, scenario: ForeignScenario) -> None:
+def _try_foreign(root: Path, profile: ForeignProfile, trial: Path) -> ForeignScenario:
+    scenario = read_foreign_scenario(trial.parents[1], trial.stem)
     try:
-        check_foreign_scenario(scenario, read_foreign_library(root / profile.library_file), profile=profile.name)
+        check_foreign_scenario(scenario, read_foreign_library(root / profile.library_file), profile=profile.name, file=trial)
     except ForeignLibraryError as error:
         raise ConfigError(str(error)) from error
+    return scenario
 
 
 def _is_for(conf: Path, profile: Profile | ForeignProfile, name: str) -> bool:

@@ -9,7 +9,7 @@ import yaml
 from assets.launching import refresh_and_tell
 from assets.plan import DEVICE_POOL, Plan, dagster_name
 from assets.scenarios import remove_scenario, validate_scenario, write_scenario
-from puzzle_dag.config import ConfigError, read_profile
+from puzzle_dag.config import ConfigError, read_any_profile
 from puzzle_dag.config.sweep import Sweep, read_sweep, read_sweeps
 
 
@@ -36,7 +36,7 @@ def write_sweep(root: Path, sweep: Sweep) -> SweptScenarios:
         validate_scenario(root, sweep.profile, name, text, where=f"sweep {sweep.name}, scenario {name}")
         if (folder / f"{name}.yaml").exists() and not _wrote(sweep, folder / f"{name}.yaml"):
             raise ConfigError(f"{folder / name}.yaml was not written by sweep {sweep.name}; rename the file or the sweep")
-    listed = read_profile(root / "conf", sweep.profile).scenarios
+    listed = read_any_profile(root / "conf", sweep.profile).scenarios
     former = [n for n in listed if n not in texts and (folder / f"{n}.yaml").exists() and _wrote(sweep, folder / f"{n}.yaml")]
     changed = {name: write_scenario(root, sweep.profile, name, text, overwrite=True)[1] for name, text in texts.items()}
     for name in former:

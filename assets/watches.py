@@ -15,6 +15,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from assets.foreign.plan import ForeignPlan
 from assets.foreign.watches import watch_foreign_frontier, watch_foreign_scenario, watch_library_file
 from assets.plan import Plan
 from puzzle_dag.architecture import LayerSpace, layer_index
-from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, read_earlier, scenario_file, with_earlier
+from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, with_earlier
 from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE, digest_chat_template
-from puzzle_dag.preflight import check_refinable, check_scenario, check_scores, list_cost_variants, list_runs, resolve_spaces
+from puzzle_dag.preflight import list_cost_variants, list_placed_blocks, list_runs, read_targets, resolve_spaces
+from puzzle_dag.scenario_checks import check_scenario
 from puzzle_dag.store import digest_file, fingerprint, write_atomically
 from resources.workspace import Workspace
 
@@ -83,19 +85,20 @@ def space_to_json(space: LayerSpace) -> dict[str, list[str]]:
 def watch_search_space(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
     """Return one layer's resolved space."""
     assert partition is not None
-    return space_to_json(resolve_spaces(workspace.read_profile(), plan.shape)[layer_index(partition)])
+    spaces = resolve_spaces(workspace.read_profile(), plan.shape, file=workspace.profile_file)
+    return space_to_json(spaces[layer_index(partition)])
 
 
 def watch_run_scores(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
     """Return the runs that begin at one layer."""
     assert partition is not None
-    runs = list_runs(workspace.read_profile(), plan.shape)
+    runs = list_runs(workspace.read_profile(), plan.shape, file=workspace.profile_file)
     return {"runs": [run.name for run in runs if run.first == layer_index(partition)]}
 
 
 def watch_cost_variants(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
     """Return the sorted union of the layers' variants and of fused FFNs, and the shape of the model that they are measured in."""
-    attentions, ffns = list_cost_variants(workspace.read_profile(), plan.shape)
+    attentions, ffns = list_cost_variants(workspace.read_profile(), plan.shape, file=workspace.profile_file)
     ignored = ("transformers_version", "dtype", "_name_or_path", "architectures")
     shape = {k: v for k, v in json.loads(plan.shape.to_json_string(use_diff=False)).items() if k not in ignored}
     return {"attention": [a.name for a in attentions], "ffn": [f.name for f in ffns], "shape": shape}
@@ -133,16 +136,12 @@ def _has_to_be_analytic(workspace: Workspace, partition: str) -> bool:
 def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
     """Return one scenario, validated, and under "earlier" those that it must differ from: an edit of theirs is one of its own.
 
-    Raises ConfigError where a target or a batch size is not measured.
+    Raises ConfigError where it can't be solved at all.
     """
     assert partition is not None
     profile, scenario = workspace.read_profile(), workspace.read_scenario(partition)
-    targets = {name: workspace.read_target(name) for name in profile.targets}
-    check_refinable(scenario, profile, file=scenario_file(workspace.conf, partition))
-    earlier = read_earlier(workspace.conf, scenario)
-    for asked in (scenario, *earlier.values()):
-        check_scenario(asked, targets, file=scenario_file(workspace.conf, asked.name))
-        check_scores(asked, profile, file=scenario_file(workspace.conf, asked.name))
+    placed = partial(list_placed_blocks, profile, plan.shape, file=workspace.profile_file)
+    earlier = check_scenario(workspace.conf, profile, scenario, read_targets(workspace.conf, profile), placed)
     return with_earlier(scenario, earlier)
 
 

@@ -39,16 +39,18 @@ def _gc(args: argparse.Namespace) -> int:
 
 def _estimate(args: argparse.Namespace) -> int:
     from puzzle_dag.architecture import FFN, Attention, Block
-    from puzzle_dag.config import read_profile, read_target
+    from puzzle_dag.config import profile_file, read_profile, read_target
     from puzzle_dag.costs.roofline import estimate_table
     from puzzle_dag.model.parent import read_parent_shape
     from puzzle_dag.preflight import check_lengths, list_cost_variants
 
-    profile, target = read_profile(args.root / "conf", args.profile), read_target(args.root / "conf", args.target)
+    conf = args.root / "conf"
+    profile, target = read_profile(conf, args.profile), read_target(conf, args.target)
     shape = read_parent_shape(profile.parent, args.root)
-    check_lengths(profile, {target.name: target}, shape)
+    check_lengths(conf, profile, {target.name: target}, shape)
     parent = Block(Attention("gqa", shape.num_key_value_heads), FFN("swiglu", shape.intermediate_size))
-    table = estimate_table(shape, parent, target, *list_cost_variants(profile, shape))
+    variants = list_cost_variants(profile, shape, file=profile_file(conf, profile.name))
+    table = estimate_table(shape, parent, target, *variants)
     rows = [(r.batch, r.phase, r.place, r.variant, format_seconds(r.seconds), r.source) for r in table.rows]
     say(text_table(("batch", "phase", "place", "variant", "time a layer", "source"), rows))
     say(f"analytic: from published peaks of {table.rows[0].hardware}; nothing was measured")

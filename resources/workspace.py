@@ -14,6 +14,7 @@ from puzzle_dag.config import (
     Profile,
     Scenario,
     Target,
+    profile_file,
     read_foreign_profile,
     read_profile,
     read_scenario,
@@ -55,6 +56,11 @@ class Workspace(dg.ConfigurableResource):  # type: ignore[type-arg]
     def conf(self) -> Path:
         """What a person writes."""
         return self.root_folder / "conf"
+
+    @property
+    def profile_file(self) -> Path:
+        """The profile's file."""
+        return profile_file(self.conf, self.profile)
 
     @property
     def var(self) -> Path:

@@ -141,14 +141,19 @@ def test_overrides_replace_or_add_for_one_layer_only():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ffn": ("w1024",)}, "w1024: wider than the parent's 768 channels; use at most w768"),
-        ({"ffn": (1.5,)}, "share 1.5 must be above 0 and at most 1"),
-        ({"ffn": (-0.5,)}, "share -0.5 must be above 0"),
+        ({"ffn": ("w1024",)}, "search_space.ffn has 'w1024': wider than the parent's 768 channels; use at most w768"),
+        ({"ffn": (1.5,)}, "ffn has 1.5: a share must be above 0 and at most 1; write an absolute width as w2"),
+        ({"ffn": (-0.5,)}, "ffn has -0.5: a share must be above 0"),
         ({"ffn": ("half",)}, "'half' not understood; write wN, linear or noop"),
-        ({"attention": ("kv3",)}, "8 KV heads can't be merged into 3; use one of kv8, kv4, kv2, kv1"),
+        ({"overrides": {0: {"ffn": ("half",)}}}, "search_space.overrides.0.ffn has 'half'"),
+        ({"overrides": {0: {"add_attention": ("kv3",)}}}, "search_space.overrides.0.add_attention has 'kv3'"),
+        (
+            {"attention": ("kv3",)},
+            "search_space.attention has 'kv3': the parent's 8 KV heads can't be merged into 3; use one of",
+        ),
         ({"attention": ("kv16",)}, "8 KV heads can't be merged into 16"),
         ({"attention": ("kv0",)}, "'kv0' not understood"),
-        ({"overrides": {9: {"ffn": ("noop",)}}}, "layer 9 isn't there; the parent has layers 0 to 3"),
+        ({"overrides": {9: {"ffn": ("noop",)}}}, "search_space.overrides.9 names a layer that isn't there; the parent has layers 0 to 3"),
     ],
 )
 def test_variants_that_the_parent_does_not_allow_are_refused(fields, message):
@@ -169,7 +174,7 @@ PROFILE_ERRORS = [
     ({"device": "gpu"}, ["`device`", "'cuda'", "'gpu'"]),
     ({"library__initialisation": "closed"}, ["did you mean `closed_form`?"]),
     ({"targets": ["../../etc/passwd"]}, ["`targets.0`", "../../etc/passwd"]),
-    ({"name": "other"}, ["`name` is 'other'", "stem is 'tiny'"]),
+    ({"name": "other"}, ["tiny.yaml, line ", "`name` is 'other'", "stem is 'tiny'"]),
     ({"version": 2}, ["`version`", "2"]),
 ]
 
@@ -274,11 +279,14 @@ def test_earlier_scenarios_are_read_along_and_may_not_go_in_a_circle(conf):
     assert with_earlier(scenario, read_earlier(conf, scenario)) == with_earlier(scenario, earlier)
     edit(conf / "scenarios" / "throughput-1.5x.yaml", structure={"different_from": ["latency-70"]})
     with pytest.raises(
-        ConfigError, match=r"throughput-1\.5x\.yaml, line \d+: .*latency-70 -> memory-60 -> throughput-1\.5x -> latency-70 is a circle"
+        ConfigError,
+        match=r"throughput-1\.5x\.yaml, line \d+: .*a circle, latency-70 -> memory-60 -> throughput-1\.5x -> latency-70; leave one",
     ):
         read_earlier(conf, scenario)
     edit(conf / "scenarios" / "latency-70.yaml", structure={"different_from": ["memory-06"]})
-    with pytest.raises(ConfigError, match="did you mean `memory-60`"):
+    with pytest.raises(
+        ConfigError, match=r"latency-70\.yaml, line \d+: structure\.different_from names 'memory-06', but .* did you mean `memory-60`"
+    ):
         check_tiny(conf)
 
 
@@ -354,43 +362,138 @@ def check_tiny(conf: Path) -> None:
     check_profile(conf, read_profile(conf, "tiny"), bundled_shape())
 
 
-@pytest.mark.parametrize(
-    ("file", "fields", "message"),
-    [
-        ("profiles/tiny", {"targets": ["cpu-prefil", "cpu-chat"]}, "did you mean `cpu-prefill`"),
-        ("profiles/tiny", {"scenarios": ["memory-06"]}, "did you mean `memory-60`"),
-        ("scenarios/latency-70", {"target": "gpu-chat"}, "'gpu-chat', which the profile doesn't measure; use one of cpu-chat, cpu-prefill"),
-        ("scenarios/latency-70", {"target": "cpu-cha"}, r"latency-70\.yaml, line \d+: target is 'cpu-cha'.*did you mean cpu-chat"),
-        (
-            "scenarios/latency-70",
-            {"constraints__latency_s__target": "gpu-chat"},
-            r"line \d+: constraints\.latency_s\.target is 'gpu-chat', which the profile doesn't measure",
-        ),
-        ("scenarios/latency-70", {"batch_sizes": {"at_least": 17}}, r"batch_sizes leaves none; target cpu-prefill measures \[4, 8, 16\]"),
-        (
-            "scenarios/latency-70",
-            {"objective": {"maximize": "throughput", "at": {"batch": 5}, "subject_to": {"kl": {"at_most": 1}}}},
-            r"objective\.at\.batch is 5; target cpu-prefill measures",
-        ),
-        ("scenarios/latency-70", {"structure": {"fixed": {6: "kv8/*"}}}, r"structure\.fixed\.6 names a layer that isn't there; .* 0 to 5"),
-        (
-            "scenarios/latency-70",
-            {"structure": {"forbidden": {"all": "kv3/*"}}},
-            r"'kv3/\*', which matches no block of the search space: kv1",
-        ),
-        ("scenarios/latency-70", {"pool": {"min_different_layers": 7}}, "pool.min_different_layers is 7; the parent has 6 layers"),
-        ("scenarios/latency-70", {"batch_sizes": [8, 9]}, r"batch_sizes is \[8, 9\]; target cpu-prefill measures \[4, 8, 16\]"),
-        ("scenarios/latency-70", {"constraints__latency_s__at": {"batch": 5}}, r"latency_s.at.batch is 5; target cpu-prefill measures"),
-        ("targets/cpu-chat", {"input_length": 2048}, "input_length \\+ output_length is 2112; the parent takes at most 1024"),
-        ("profiles/tiny", {"tokens__row_length": 2048}, "tokens.row_length is 2048; the parent takes at most 1024"),
-        ("profiles/tiny", {"tokens__scores": 100}, "tokens.scores is 100, less than one row of 256"),
-        ("profiles/tiny", {"search_space__ffn": ["w1024"]}, "wider than the parent's 768 channels"),
-    ],
-)
-def test_files_that_do_not_fit_each_other_or_the_parent_are_refused(conf, file, fields, message):
-    edit(conf / f"{file}.yaml", **fields)
-    with pytest.raises(ConfigError, match=message):
+MISFITS = [
+    (
+        "profiles/tiny",
+        {"targets": ["cpu-chat", "cpu-prefil"]},
+        "- cpu-prefil",
+        r"targets names 'cpu-prefil', but .*targets/cpu-prefil\.yaml does not exist; did you mean `cpu-prefill`",
+    ),
+    (
+        "profiles/tiny",
+        {"scenarios": ["latency-70", "memory-06"]},
+        "- memory-06",
+        r"scenarios names 'memory-06', but .*scenarios/memory-06\.yaml does not exist; did you mean `memory-60`",
+    ),
+    (
+        "scenarios/latency-70",
+        {"target": "gpu-chat"},
+        "target: gpu-chat",
+        "target is 'gpu-chat', which the profile doesn't measure; use one of cpu-chat, cpu-prefill",
+    ),
+    ("scenarios/latency-70", {"target": "cpu-cha"}, "target: cpu-cha", r"target is 'cpu-cha'.*did you mean cpu-chat"),
+    (
+        "scenarios/latency-70",
+        {"constraints__latency_s__target": "gpu-chat"},
+        "target: gpu-chat",
+        r"constraints\.latency_s\.target is 'gpu-chat', which the profile doesn't measure",
+    ),
+    (
+        "scenarios/latency-70",
+        {"constraints": {"latency_s": [{"at_most": 9.0}, {"at_most": 1.0, "at": {"batch": 5}}]}},
+        "batch: 5",
+        r"constraints\.latency_s\.1\.at\.batch is 5; target cpu-prefill measures",
+    ),
+    (
+        "scenarios/latency-70",
+        {"batch_sizes": {"at_least": 17}},
+        "batch_sizes:",
+        r"batch_sizes leaves none; target cpu-prefill measures \[4, 8, 16\]",
+    ),
+    (
+        "scenarios/latency-70",
+        {"objective": {"maximize": "throughput", "at": {"batch": 5}, "subject_to": {"kl": {"at_most": 1}}}},
+        "batch: 5",
+        r"objective\.at\.batch is 5; target cpu-prefill measures",
+    ),
+    (
+        "scenarios/latency-70",
+        {"structure": {"fixed": {6: "kv8/*"}}},
+        "6: kv8/*",
+        r"structure\.fixed\.6 names a layer that isn't there; .* 0 to 5",
+    ),
+    (
+        "scenarios/latency-70",
+        {"structure": {"forbidden": {"all": "kv3/*"}}},
+        "all: kv3/*",
+        r"structure\.forbidden\.all is 'kv3/\*', which matches no block of the search space: kv1",
+    ),
+    (
+        "scenarios/latency-70",
+        {"pool": {"min_different_layers": 7}},
+        "min_different_layers: 7",
+        r"pool\.min_different_layers is 7; the parent has 6 layers",
+    ),
+    (
+        "scenarios/latency-70",
+        {"structure": {"min_different_layers": 99}},
+        "min_different_layers: 99",
+        r"structure\.min_different_layers is 99; the parent has 6 layers",
+    ),
+    (
+        "scenarios/latency-70",
+        {"structure": {"different_from": ["memory-60", "nobody"]}},
+        "- nobody",
+        r"structure\.different_from names 'nobody', but .*scenarios/nobody\.yaml does not exist",
+    ),
+    ("scenarios/latency-70", {"batch_sizes": [8, 9]}, "batch_sizes:", r"batch_sizes is \[8, 9\]; target cpu-prefill measures \[4, 8, 16\]"),
+    (
+        "scenarios/latency-70",
+        {"constraints__latency_s__at": {"batch": 5}},
+        "batch: 5",
+        r"constraints\.latency_s\.at\.batch is 5; target cpu-prefill measures",
+    ),
+    (
+        "targets/cpu-chat",
+        {"input_length": 2048},
+        "input_length: 2048",
+        r"input_length \+ output_length is 2112; the parent takes at most 1024",
+    ),
+    ("profiles/tiny", {"tokens__row_length": 2048}, "row_length: 2048", r"tokens\.row_length is 2048; the parent takes at most 1024"),
+    ("profiles/tiny", {"tokens__scores": 100}, "scores: 100", r"tokens\.scores is 100, less than one row of 256; give at least 256"),
+    (
+        "profiles/tiny",
+        {"search_space__ffn": [1.0, "w1024"]},
+        "- w1024",
+        r"search_space\.ffn has 'w1024': wider than the parent's 768 channels; use at most w768",
+    ),
+    (
+        "profiles/tiny",
+        {"search_space__overrides": {2: {"ffn": [0.5, 1.5]}}},
+        "- 1.5",
+        r"search_space\.overrides\.2\.ffn has 1\.5: a share must be above 0",
+    ),
+    (
+        "profiles/tiny",
+        {"search_space__overrides": {2: {"add_attention": ["kv3"]}}},
+        "- kv3",
+        r"search_space\.overrides\.2\.add_attention has 'kv3': the parent's 8 KV heads can't be merged into 3; use one of",
+    ),
+    ("profiles/tiny", {"search_space__overrides": {6: {"ffn": [0.5]}}}, "6:", r"search_space\.overrides\.6 names a layer that isn't there"),
+    (
+        "profiles/tiny",
+        {"search_space__runs": {"max_layers": 7}},
+        "max_layers: 7",
+        r"search_space\.runs\.max_layers is 7, more than the parent's 6 layers",
+    ),
+    (
+        "profiles/tiny",
+        {"search_space__runs": {"layers": ["0-1", "4-6"]}},
+        "- 4-6",
+        r"search_space\.runs\.layers has 4-6, but the parent has layers 0 to 5; end the run there",
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "fields", "line", "message"), MISFITS)
+def test_files_that_do_not_fit_each_other_or_the_parent_are_refused(conf, file, fields, line, message):
+    path = conf / f"{file}.yaml"
+    edit(path, **fields)
+    with pytest.raises(ConfigError) as caught:
         check_tiny(conf)
+    found = re.fullmatch(rf"{re.escape(str(path))}, line (\d+): {message}.*", str(caught.value))
+    assert found is not None, caught.value
+    assert path.read_text().splitlines()[int(found[1]) - 1].strip() == line
 
 
 def test_activations_of_an_8b_parent_are_counted_exactly():

@@ -1,6 +1,7 @@
 """A foreign library as a profile: its files, its scenarios, its assets on a real Dagster instance, its checks and its pages."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from fractions import Fraction
@@ -13,10 +14,14 @@ import duckdb
 import pytest
 from micro_project import CHECKOUT, Project
 
+from assets.__main__ import main
 from assets.definitions import build_definitions
 from assets.foreign.plan import GROUPS
 from assets.plan import make_plan
+from assets.scenarios import add_scenario, adopt_scenarios, remove_scenario
+from assets.sweeps import write_sweep
 from puzzle_dag.config import ConfigError, ForeignScenario, is_foreign, read_foreign_profile, read_foreign_scenario, read_profile
+from puzzle_dag.config.sweep import read_sweep
 from puzzle_dag.search.foreign import ForeignLibraryError, read_foreign_library
 from puzzle_dag.search.foreign_scenario import (
     check_foreign_scenario,
@@ -68,7 +73,11 @@ def test_profiles_are_told_apart_by_what_they_name(conf: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ("library_file:", "parent: {path: p}\nlibrary_file:", "`library_file` and `parent` exclude each other"),
+        (
+            "library_file:",
+            "parent: {path: p}\nlibrary_file:",
+            "synthetic.yaml, line 5: fields `library_file` and `parent` exclude each other",
+        ),
         ("library_file:", "libary_file:", r"line 5: field `libary_file` is unknown; did you mean `library_file`\?"),
         ("scenarios:", "targets: [cpu-chat]\nscenarios:", "field `targets` is unknown"),
         ("version: 1", "version: 2", "field `version`"),
@@ -89,7 +98,7 @@ def test_a_mistake_in_a_profile_is_named(conf: Path, before: str, after: str, me
         ("at_most: 9_900", "at_most: 1, at_least: 2", "at_least 2.0 is above at_most 1.0"),
         ("{at_most: 9_900}", "{}", "give `at_least` or `at_most`"),
         ("minimize: metrics.kl_div", "minimise: metrics.kl_div", r"did you mean `minimize`\?"),
-        ("library: synthetic", "target: cpu-chat", "field `target` is for a scenario of a parent"),
+        ("library: synthetic", "target: cpu-chat", "synthetic-memory.yaml, line 3: field `target` is for a scenario of a parent"),
     ],
 )
 def test_a_mistake_in_a_scenario_is_named(conf: Path, before: str, after: str, message: str) -> None:
@@ -103,14 +112,14 @@ def test_a_mistake_in_a_scenario_is_named(conf: Path, before: str, after: str, m
     ("fields", "message"),
     [
         ({"library": "other"}, "scenario s: library is 'other', but profile 'lib' names it"),
-        ({"minimize": "kll"}, "scenario s: minimize: .* has no number 'kll'; did you mean 'kl'"),
-        ({"constraints": {"mib": {"at_most": 1}}}, "scenario s: constraints.mib: .* has no number 'mib'; it has kl, ms"),
-        ({"min_different_layers": 5}, "min_different_layers is 5; the library has 4 layers"),
+        ({"minimize": "kll"}, "scenario s: minimize can't be summed: .* has no number 'kll'; did you mean 'kl'"),
+        ({"constraints": {"mib": {"at_most": 1}}}, "scenario s: constraints.mib can't be summed: .* has no number 'mib'; it has kl, ms"),
+        ({"min_different_layers": 5}, "scenario s: min_different_layers is 5; the library has 4 layers"),
     ],
 )
 def test_a_scenario_that_does_not_fit_its_library_is_refused(fields: dict[str, Any], message: str) -> None:
     check_foreign_scenario(scenario(), SMALL, profile="lib")
-    with pytest.raises(ForeignLibraryError, match=message):
+    with pytest.raises(ConfigError, match=message):
         check_foreign_scenario(scenario(**fields), SMALL, profile="lib")
 
 
@@ -276,9 +285,26 @@ def test_an_infeasible_scenario_fails_alone_and_leaves_the_frontier(project: Pro
     ("file", "edit", "message"),
     [
         ("profiles/synthetic.yaml", {"library_file": "conf/libraries/none.json"}, "none.json can't be read"),
-        ("profiles/synthetic.yaml", {"library_file": "../library.json"}, "put it below the project's root"),
-        ("profiles/synthetic.yaml", {"scenarios": ["synthetic-memroy"]}, "did you mean `synthetic-memory`"),
-        ("scenarios/synthetic-memory.yaml", {"minimize": "metrics.kl"}, "did you mean 'metrics.kl_div'"),
+        (
+            "profiles/synthetic.yaml",
+            {"library_file": "../library.json"},
+            r"profiles/synthetic\.yaml, line 3: library_file is \.\./library\.json; put it below the project's root",
+        ),
+        (
+            "profiles/synthetic.yaml",
+            {"scenarios": ["synthetic-pool", "synthetic-memroy"]},
+            r"profiles/synthetic\.yaml, line 6: scenarios names 'synthetic-memroy', but .* did you mean `synthetic-memory`",
+        ),
+        (
+            "scenarios/synthetic-memory.yaml",
+            {"minimize": "metrics.kl"},
+            r"scenarios/synthetic-memory\.yaml, line 8: minimize can't be summed: .*did you mean 'metrics\.kl_div'",
+        ),
+        (
+            "scenarios/synthetic-memory.yaml",
+            {"constraints": {"stats.memory": {"at_most": 1}}},
+            r"scenarios/synthetic-memory\.yaml, line 2: constraints\.stats\.memory can't be summed: .*did you mean 'stats\.memory_mib'",
+        ),
     ],
 )
 def test_bad_files_are_found_before_anything_runs(project: Project, file: str, edit: dict[str, Any], message: str) -> None:
@@ -331,12 +357,22 @@ def test_a_run_of_layers_covers_each_of_them() -> None:
 HALF = "version: 1\nlibrary: synthetic\nminimize: metrics.kl_div\nconstraints: {stats.memory_mib: {at_most: 7_424}}\n"
 
 
-def test_scenarios_come_and_go_as_those_of_a_parent_do(project: Project, tmp_path: Path) -> None:
-    from assets.scenarios import add_scenario, adopt_scenarios, remove_scenario
+SWEEP = """version: 1
+profile: synthetic
+sets: constraints.stats.memory_mib.at_most
+values: {first: 8_000, last: 9_000, step: 1_000}
+scenario: {library: synthetic, minimize: metrics.kl_div}
+"""
 
+
+def test_scenarios_come_and_go_as_those_of_a_parent_do(
+    project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PUZZLE_DAG_ROOT", str(project.root))
     file = tmp_path / "half.yaml"
     file.write_text(HALF.replace("memory_mib", "memory"))
-    with pytest.raises(ConfigError, match=r"constraints.stats.memory: .* has no number 'stats.memory'; did you mean 'stats.memory_mib'"):
+    wrong = r"constraints\.stats\.memory can't be summed: .* has no number 'stats\.memory'; did you mean 'stats\.memory_mib'"
+    with pytest.raises(ConfigError, match=f"{file}, line 4: {wrong}"):
         add_scenario(project.root, "synthetic", file)
     file.write_text(HALF)
     assert add_scenario(project.root, "synthetic", file).name == "half"
@@ -345,11 +381,27 @@ def test_scenarios_come_and_go_as_those_of_a_parent_do(project: Project, tmp_pat
     (scenarios / "elsewhere.yaml").write_text(HALF.replace("synthetic", "other"))
     adoption = adopt_scenarios(project.root, "synthetic")
     assert adoption.added == ("dropped",) and not adoption.problems
-    assert {"solution[half]", "solution[dropped]"} <= set(project.refresh().ran)
-    assert project.workspace.shelf.value("solution", "half")["answers"][0]["costs"]["stats.memory_mib"] <= 7424
+    sweep = project.root / "conf" / "sweeps" / "memory.yaml"
+    sweep.parent.mkdir()
+    sweep.write_text(SWEEP.replace("memory_mib", "memory"))
+    assert main(["sweep", "--profile", "synthetic"]) == 2
+    assert re.search(f"sweep memory, scenario memory-8000, line [0-9]+: {wrong}", capsys.readouterr().err)
+    sweep.write_text(SWEEP)
+    assert "sweep_memory_schedule" in {s.name for s in build_definitions(make_plan(project.root, "synthetic")).schedules or ()}
+    assert main(["sweep", "--profile", "synthetic"]) == 0
+    said, limits = capsys.readouterr().out, {"half": 7424, "dropped": 7424, "memory-8000": 8000, "memory-9000": 9000}
+    assert "sweep memory: 2 scenarios written, 0 as before, 0 retired" in said
+    assert all(f"ran  solution[{name}]" in said for name in limits)
+    answers = {name: project.workspace.shelf.value("solution", name)["answers"][0] for name in limits}
+    assert all(answers[name]["costs"]["stats.memory_mib"] <= most for name, most in limits.items())
+    assert answers["half"]["objective"] > answers["memory-8000"]["objective"] > answers["memory-9000"]["objective"]
+    sweep.write_text(SWEEP.replace("first: 8_000", "first: 9_000"))
+    swept = write_sweep(project.root, read_sweep(project.root / "conf", "memory"))
+    assert (swept.written, swept.unchanged, swept.retired) == ((), ("memory-9000",), ("memory-8000",))
     (scenarios / "elsewhere.yaml").unlink()
-    for name in ("half", "dropped"):
+    for name in ("half", "dropped", "memory-9000"):
         remove_scenario(project.root, "synthetic", name)
+    assert project.workspace.read_foreign_profile().scenarios == SCENARIOS
     assert set(project.refresh().ran) == {"frontier", "tables"}
 
 

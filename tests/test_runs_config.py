@@ -16,7 +16,8 @@ from puzzle_dag.costs.heldout import draw_models, leave_out_fused
 from puzzle_dag.costs.memory import size_model, size_variant
 from puzzle_dag.costs.probes import plan_probes
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
-from puzzle_dag.preflight import check_scores, check_structure, list_cost_variants, list_placed_blocks
+from puzzle_dag.preflight import list_cost_variants, list_placed_blocks
+from puzzle_dag.scenario_checks import check_scores, check_structure
 
 PARENT = Block.parse("kv4/w128")
 SHAPE = PuzzleDagConfig(
@@ -94,9 +95,9 @@ def test_a_mistake_in_a_file_names_line_and_field(tmp_path: Path) -> None:
 
 
 def test_runs_beyond_the_parent_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"search_space\.runs\.max_layers: 6 is more than the parent's 5 layers"):
+    with pytest.raises(ConfigError, match=r"search_space\.runs\.max_layers is 6, more than the parent's 5 layers; give at most that"):
         resolve_runs(space(max_layers=6), num_layers=5)
-    with pytest.raises(ConfigError, match=r"search_space\.runs\.layers: 3-5: the parent has layers 0 to 4"):
+    with pytest.raises(ConfigError, match=r"search_space\.runs\.layers has 3-5, but the parent has layers 0 to 4; end the run there"):
         resolve_runs(space(layers=["3-5"]), num_layers=5)
 
 
@@ -165,12 +166,12 @@ def test_held_out_models_of_spaces_without_runs_are_as_before() -> None:
 def test_patterns_may_speak_of_the_blocks_of_runs() -> None:
     fused = profile(search_space={"runs": {"max_layers": 2}})
     asked = scenario(structure={"forbidden": {"all": "*/w256"}})
-    check_structure(asked, list_placed_blocks(fused, SHAPE), 5)
+    check_structure(asked, list_placed_blocks(fused, SHAPE))
     with pytest.raises(ConfigError, match=r"structure\.forbidden\.all is '\*/w256', which matches no block"):
-        check_structure(asked, list_placed_blocks(profile(), SHAPE), 5)
+        check_structure(asked, list_placed_blocks(profile(), SHAPE))
     last = scenario(structure={"fixed": {4: "kv4/w256"}})
     with pytest.raises(ConfigError, match=r"structure\.fixed\.4"):
-        check_structure(last, list_placed_blocks(fused, SHAPE), 5)
+        check_structure(last, list_placed_blocks(fused, SHAPE))
 
 
 @pytest.mark.parametrize(

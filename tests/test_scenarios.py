@@ -1,5 +1,6 @@
 """Scenarios come and go: by file, by folder, by the Launchpad's form and by sweep; the files stay what a person wrote."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from micro_project import CHECKOUT, Project, make_project
 
 from assets.__main__ import main
 from assets.definitions import build_definitions
+from assets.form import form_fields
 from assets.listing import add_name, remove_name
 from assets.plan import make_plan
 from assets.scenarios import add_scenario, adopt_scenarios, remove_scenario, write_scenario
 from assets.sweeps import write_sweep
-from puzzle_dag.config import ConfigError
-from puzzle_dag.config.sweep import read_sweep
+from puzzle_dag.config import BatchRange, ConfigError, Scenario
+from puzzle_dag.config.sweep import Sweep, read_sweep
 
 PARAMETERS = {"parameters": {"at_most": 0.9, "relative_to": "parent"}}
 FORM = {"name": "fast", "target": "micro-eager", "constraints": PARAMETERS, "uptrain": {"tokens": 128}, "refresh": False}
@@ -96,9 +98,41 @@ def test_a_mistake_in_a_file_is_told_of_that_file(project: Project, tmp_path: Pa
     with pytest.raises(ConfigError, match=rf"{file}, line 5: field `constraints.parameters.at_mots` is unknown; did you mean `at_most`"):
         add_scenario(project.root, "micro", file)
     file.write_text(text_of(project) + "batch_sizes: [3]\n")
-    with pytest.raises(ConfigError, match=r"batch_sizes is \[3\]; target micro-eager measures \[2\]"):
+    with pytest.raises(ConfigError, match=rf"{file}, line 8: batch_sizes is \[3\]; target micro-eager measures \[2\]"):
         add_scenario(project.root, "micro", file)
     assert not (project.root / "conf" / "scenarios" / "wrong.yaml").exists()
+
+
+UNSOLVABLE = [
+    ({"target": "micro-eagre"}, "target: micro-eagre", "target is 'micro-eagre', which the profile doesn't measure"),
+    ({"structure": {"fixed": {99: "kv4/*"}}}, "99: kv4/*", r"structure\.fixed\.99 names a layer that isn't there; .* layers 0 to 1"),
+    ({"structure": {"forbidden": {"all": "kv3/*"}}}, "all: kv3/*", r"structure\.forbidden\.all is 'kv3/\*', which matches no block"),
+    ({"pool": {"min_different_layers": 99}}, "min_different_layers: 99", r"pool\.min_different_layers is 99; the parent has 2 layers"),
+    ({"structure": {"different_from": ["nobody"]}}, "- nobody", r"structure\.different_from names 'nobody', but .* does not exist"),
+    ({"structure": {"different_from": ["unsolvable"]}}, "- unsolvable", r"structure\.different_from leads round in a circle"),
+]
+
+
+@pytest.mark.parametrize(("change", "line", "message"), UNSOLVABLE)
+def test_what_a_refresh_would_refuse_is_taken_by_no_way_in(
+    project: Project, tmp_path: Path, change: dict[str, Any], line: str, message: str
+) -> None:
+    text = yaml.safe_dump({**yaml.safe_load(text_of(project)), **change})
+    said = rf"line {1 + [written.strip() for written in text.splitlines()].index(line)}: {message}"
+    file, dropped = tmp_path / "unsolvable.yaml", project.root / "conf" / "scenarios" / "unsolvable.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=rf"^{file}, {said}"):
+        add_scenario(project.root, "micro", file)
+    assert not dropped.exists() and named(project) == ("micro-small", "micro-light")
+    dropped.write_text(text)
+    adoption = adopt_scenarios(project.root, "micro")
+    # A target of no profile's is not this one's affair: the file may be another profile's.
+    assert [re.match(rf"{dropped}, {said}", p) is not None for p in adoption.problems] == ([] if "target" in change else [True])
+    assert not adoption.added and named(project) == ("micro-small", "micro-light")
+    # What the file's checks let pass, the refresh's must, and the other way round.
+    project.edit(project.profile_file, scenarios=["unsolvable"])
+    with pytest.raises(ConfigError, match=rf"^{dropped}, {said}"):
+        project.refresh(dry=True)
 
 
 def test_a_removed_scenario_keeps_its_file_aside_and_can_come_back(project: Project) -> None:
@@ -169,10 +203,52 @@ def test_the_form_replaces_only_when_told(project: Project) -> None:
     assert launch(project, **other, overwrite=True).success and project.workspace.read_scenario("fast").uptrain.tokens == 256
 
 
-@pytest.mark.parametrize("change", [{"name": "../fast"}, {"retention_floor": 2.0}, {"constraints": {}}, {"batch_sizes": [3]}])
+def test_the_form_takes_every_shape_that_the_file_takes(project: Project) -> None:
+    shapes = {
+        "constraints": {**PARAMETERS, "latency_s": [{"at_most": 9.0}, {"target": "micro-eager", "at_most": 5.0, "at": {"batch": 2}}]},
+        "batch_sizes": {"at_least": 2},
+        "structure": {"fixed": {1: "kv4/*"}, "forbidden": {"all": ["noop/noop"], 0: "kv1/*"}},
+    }
+    form = json.loads(json.dumps({**FORM, **shapes}))  # as Dagster keeps a run's config
+    job = build_definitions(make_plan(project.root, "micro")).resolve_job_def("add_scenario_micro_job")
+    for words in ({}, {"batch_sizes": "all"}, {"batch_sizes": [2]}, {"objective": {"minimize": {"kl": 1.0, "lm_loss": 0.5}}}):
+        assert dg.validate_run_config(job, {"ops": {"add_scenario_micro": {"config": {**form, **words}}}})
+    assert launch(project, **form).success
+    scenario = project.workspace.read_scenario("fast")
+    assert [(name, b.target, b.at_most) for name, b in scenario.bounds][:2] == [("latency_s", None, 9.0), ("latency_s", "micro-eager", 5.0)]
+    assert scenario.batch_sizes == BatchRange(at_least=2) and scenario.structure.fixed == {1: "kv4/*"}
+    assert scenario.structure.forbidden == {"all": ("noop/noop",), 0: ("kv1/*",)}
+
+
+def test_the_form_says_what_a_field_takes_that_has_no_type() -> None:
+    fields = form_fields(Scenario)
+    assert (fields["batch_sizes"].description or "").endswith(
+        "Takes all, or a list (whole number), or a mapping (at_least: whole number, at_most: whole number). Default: all."
+    )
+    bound = fields["constraints"].config_type.fields["latency_s"].description
+    assert bound.startswith("Takes a mapping (at_least: number, at_most: number, ") and bound.endswith("), or a list of such.")
+
+
+NOT_OF_THE_FILE = [
+    {"name": "../fast"},
+    {"retention_floor": 2.0},
+    {"constraints": {}},
+    {"constraints": {"parameters": {"at_most": "much"}}},
+    {"constraints": {"parameters": [{"at_most": 0.9}, {"at_mots": 0.9}]}},
+    {"constraints": {"parameters": 5}},
+    {"batch_sizes": [3]},
+    {"batch_sizes": {"at_mots": 3}},
+    {"batch_sizes": 2.5},
+    {"structure": {"fixed": {"99": "kv4/*"}}},
+    {"structure": {"different_from": ["nobody"]}},
+]
+
+
+@pytest.mark.parametrize("change", NOT_OF_THE_FILE)
 def test_what_the_file_may_not_say_the_form_may_not_either(project: Project, change: dict[str, Any]) -> None:
     before = sorted(project.root.glob("conf/**/*.yaml"))
-    assert not launch(project, **{**FORM, **change}).success
+    result = launch(project, **{**FORM, **change})
+    assert not result.success and "ConfigError" in str(result.all_node_events[-1].event_specific_data)
     assert sorted(project.root.glob("conf/**/*.yaml")) == before and "fast" not in named(project)
 
 
@@ -181,7 +257,7 @@ def test_what_the_file_may_not_say_the_form_may_not_either(project: Project, cha
     [
         ({"target": "nowhere"}, "nowhere"),
         ({"constraints": {"memory": {"at_most": 1}}}, '"memory"'),
-        ({"constraints": {"parameters": {"at_most": "much"}}}, "much"),
+        ({"structure": {"max_distinct": "few"}}, "few"),
         ({"objective": {"maximize": "loss"}}, "loss"),
         ({"uptrain": {}}, "tokens"),
         ({"floor": 1}, "floor"),
@@ -273,6 +349,30 @@ def test_a_sweeps_schedule_is_off_until_it_is_switched_on(project: Project) -> N
     assert (schedule.cron_schedule, schedule.execution_timezone) == ("30 2 * * *", "Europe/Berlin")
     assert schedule.default_status == dg.DefaultScheduleStatus.STOPPED
     dg.Definitions.validate_loadable(definitions)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "sets", "levels"),
+    [
+        ({"objective": {"subject_to": {"a.b": {}, "a": {}}}}, "objective.subject_to.a.b.at_most", ["objective", "subject_to", "a.b"]),
+        ({"objective": {"subject_to": {"a": {}}}}, "objective.subject_to.a.b.at_most", ["objective", "subject_to", "a", "b"]),
+        ({"library": "l", "constraints": {"x.y": {"at_least": 1}}}, "constraints.x.y.at_most", ["constraints", "x.y"]),
+        ({"library": "l"}, "constraints.stats.Memory (MiB).at_most", ["constraints", "stats.Memory (MiB)"]),
+        ({"library": "l"}, "num_solutions", []),
+    ],
+)
+def test_a_level_of_a_sweep_may_have_dots_itself(scenario: dict[str, Any], sets: str, levels: list[str]) -> None:
+    sweep = Sweep.model_validate({**SWEEP, "name": "s", "sets": sets, "scenario": scenario, "values": {"first": 3, "last": 3, "step": 1}})
+    fields = sweep.scenarios()["s-3"]
+    for key in levels:
+        fields = fields[key]
+    assert fields[sets.rpartition(".")[2]] == 3
+
+
+@pytest.mark.parametrize("sets", ["", ".", "a..b", "a.", "a.b\n"])
+def test_what_names_no_field_cannot_be_swept(sets: str) -> None:
+    with pytest.raises(ValueError, match="sets"):
+        Sweep.model_validate({**SWEEP, "name": "s", "sets": sets})
 
 
 def test_the_shipped_sweeps_are_valid() -> None:

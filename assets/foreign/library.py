@@ -8,7 +8,7 @@ import dagster as dg
 from assets.foreign.plan import ForeignPlan
 from assets.foreign.watches import watch_foreign_scenario, watch_library_file
 from assets.materialise import materialised, picture, table
-from puzzle_dag.config import ConfigError, ForeignScenario, read_foreign_scenario
+from puzzle_dag.config import ForeignScenario, misfit, read_foreign_scenario, read_named, scenario_file
 from puzzle_dag.search.foreign import ForeignCandidates, ForeignLibrary, read_foreign_library
 from puzzle_dag.search.foreign_scenario import check_foreign_scenario, grid_of, list_metrics, list_sources
 from puzzle_dag.store import fingerprint
@@ -22,12 +22,14 @@ def read_library(workspace: Workspace) -> ForeignLibrary:
 
 def check_foreign_profile(workspace: Workspace) -> None:
     """Check the library and every scenario against it. Raises ConfigError, ForeignLibraryError."""
-    profile = workspace.read_foreign_profile()
+    profile, conf, file = workspace.read_foreign_profile(), workspace.conf, workspace.profile_file
     if not (workspace.root_folder / profile.library_file).resolve().is_relative_to(workspace.root_folder.resolve()):
-        raise ConfigError(f"profile {profile.name}: library_file is {profile.library_file}; put it below the project's root")
+        why = f"is {profile.library_file}; put it below the project's root"
+        raise misfit(file, ("library_file",), why, owner=f"profile {profile.name}")
     library = read_library(workspace)
-    for name in profile.scenarios:
-        check_foreign_scenario(read_foreign_scenario(workspace.conf, name), library, profile=profile.name)
+    for i, name in enumerate(profile.scenarios):
+        scenario = read_named(read_foreign_scenario, conf, name, file=file, location=("scenarios", i))
+        check_foreign_scenario(scenario, library, profile=profile.name, file=scenario_file(conf, name))
 
 
 def metric_rows(library: ForeignLibrary) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from assets.foreign.plan import ForeignPlan
-from puzzle_dag.config import ConfigError, read_foreign_scenario
+from puzzle_dag.config import misfit, read_foreign_scenario
 from puzzle_dag.store import digest_file
 from resources.workspace import Workspace
 
@@ -13,7 +13,8 @@ def watch_library_file(plan: ForeignPlan, workspace: Workspace, _: str | None = 
     profile = workspace.read_foreign_profile()
     path = workspace.root_folder / profile.library_file
     if not path.is_file():
-        raise ConfigError(f"profile {profile.name}: library_file is {profile.library_file}, which is not a file below the project's root")
+        why = f"is {profile.library_file}, which is not a file below the project's root"
+        raise misfit(workspace.profile_file, ("library_file",), why, owner=f"profile {profile.name}")
     return {"file": profile.library_file, "digest": digest_file(path)}
 
 

@@ -25,10 +25,11 @@ from puzzle_dag.config.profile import (
     TextCorpus,
     TokenBudgets,
     UptrainSettings,
+    profile_file,
     read_any_profile,
     read_profile,
 )
-from puzzle_dag.config.reading import At, ConfigError, Name, Settings, check_name, locate, read_settings
+from puzzle_dag.config.reading import At, ConfigError, Name, Settings, check_name, locate, misfit, read_named, read_settings
 from puzzle_dag.config.refinement import RefinementSettings
 from puzzle_dag.config.scenario import (
     BatchRange,
@@ -44,7 +45,7 @@ from puzzle_dag.config.scenario import (
 from puzzle_dag.config.shape import Shape, read_shape
 from puzzle_dag.config.space import LayerOverride, RunSettings, SearchSpaceSettings, resolve_runs, resolve_space
 from puzzle_dag.config.structure import PoolSettings, StructureSettings
-from puzzle_dag.config.target import Target, read_target
+from puzzle_dag.config.target import Target, read_target, target_file
 
 __all__ = [
     "LOSSES",
@@ -84,10 +85,13 @@ __all__ = [
     "is_foreign",
     "library_of",
     "locate",
+    "misfit",
+    "profile_file",
     "read_any_profile",
     "read_earlier",
     "read_foreign_profile",
     "read_foreign_scenario",
+    "read_named",
     "read_profile",
     "read_scenario",
     "read_settings",
@@ -97,5 +101,6 @@ __all__ = [
     "resolve_space",
     "scenario_file",
     "split_earlier",
+    "target_file",
     "with_earlier",
 ]

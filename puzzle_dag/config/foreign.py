@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
-from puzzle_dag.config.reading import ConfigError, Name, Settings, check_name, read_settings
+from puzzle_dag.config.reading import ConfigError, Name, Settings, check_name, locate, read_settings
 
 
 class ForeignProfile(Settings):
@@ -90,8 +90,9 @@ def is_foreign(conf: Path, name: str) -> bool:
     raw = _read_mapping(path)
     both = [field for field in ("parent", "corpus", "search_space") if field in raw]
     if "library_file" in raw and both:
+        where = locate(path, (both[0],))
         raise ConfigError(
-            f"{path}: fields `library_file` and `{both[0]}` exclude each other; a profile has a parent to compress or the "
+            f"{where}: fields `library_file` and `{both[0]}` exclude each other; a profile has a parent to compress or the "
             f"library of one that someone else measured: remove one of them"
         )
     return "library_file" in raw or (bool(raw) and not both)
@@ -112,7 +113,8 @@ def read_foreign_scenario(conf: Path, name: str) -> ForeignScenario:
     """Read conf/scenarios/NAME.yaml of a foreign library. Raises ConfigError."""
     path = conf / "scenarios" / f"{check_name(name)}.yaml"
     if "target" in _read_mapping(path):
+        where = locate(path, ("target",))
         raise ConfigError(
-            f"{path}: field `target` is for a scenario of a parent; a foreign library's has `library`, `minimize`, `constraints`"
+            f"{where}: field `target` is for a scenario of a parent; a foreign library's has `library`, `minimize`, `constraints`"
         )
     return read_settings(ForeignScenario, path)

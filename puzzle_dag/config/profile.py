@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 
 from puzzle_dag.config.foreign import ForeignProfile, is_foreign, read_foreign_profile
 from puzzle_dag.config.online import LoadCurveSettings, SpeculationSettings
-from puzzle_dag.config.reading import ConfigError, Name, Settings, check_name, read_settings
+from puzzle_dag.config.reading import ConfigError, Name, Settings, check_name, locate, read_settings
 from puzzle_dag.config.refinement import RefinementSettings
 from puzzle_dag.config.space import SearchSpaceSettings
 
@@ -225,9 +225,15 @@ def read_any_profile(conf: Path, name: str) -> Profile | ForeignProfile:
     return read_foreign_profile(conf, name) if is_foreign(conf, name) else read_profile(conf, name)
 
 
+def profile_file(conf: Path, name: str) -> Path:
+    """Return the path of a profile's file. Raises ConfigError for a name that would leave the folder."""
+    return conf / "profiles" / f"{check_name(name)}.yaml"
+
+
 def read_profile(conf: Path, name: str) -> Profile:
     """Read conf/profiles/NAME.yaml. Raises ConfigError, also where it is a foreign library's."""
-    path = conf / "profiles" / f"{check_name(name)}.yaml"
+    path = profile_file(conf, name)
     if is_foreign(conf, name):
-        raise ConfigError(f"{path}: it has no `parent`, but a library that someone else measured; use a profile with a parent here")
+        where = locate(path, ("library_file",))
+        raise ConfigError(f"{where}: it has no `parent`, but a library that someone else measured; use a profile with a parent here")
     return read_settings(Profile, path)

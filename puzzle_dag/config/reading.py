@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -15,6 +15,10 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 
 class ConfigError(ValueError):
     """A configuration that can't be used; the message names the file, the field, the value and the fix."""
+
+
+class MissingFileError(ConfigError):
+    """A configuration file that isn't there; whoever read it because another file names it says where that is (`read_named`)."""
 
 
 class Settings(BaseModel):
@@ -89,6 +93,39 @@ def locate(path: Path, location: tuple[int | str, ...]) -> str:
     return f"{path}, line {_line(path.read_text(encoding='utf-8'), location)}"
 
 
+def misfit(file: Path | None, location: tuple[int | str, ...], message: str, *, owner: str) -> ConfigError:
+    """Return the error of a field that doesn't fit another file: where it is written, its dotted name, and what is wrong.
+
+    Args:
+        file: the YAML file that has the field; None where it isn't known.
+        location: the field's keys from the outside in; a number at the end is a place in a list, which gives the line alone.
+        message: value and fix, as the continuation of the field's name.
+        owner: what the message begins with where there is no file: "scenario fast".
+    """
+    names = location[:-1] if location and isinstance(location[-1], int) else location
+    where = owner if file is None else locate(file, location)
+    return ConfigError(f"{where}: {'.'.join(map(str, names))} {message}")
+
+
+def read_named(read: Callable[[Path, str], _Model], conf: Path, name: str, *, file: Path, location: tuple[int | str, ...]) -> _Model:
+    """Read a configuration file that another one names.
+
+    Args:
+        read: reads the file called `name` below `conf`.
+        conf: folder of the configuration.
+        name: the file's stem.
+        file: the file that names it.
+        location: the keys of the field that names it.
+
+    Raises:
+        ConfigError: as `read`; where there is no such file, the message begins with the line that asks for it.
+    """
+    try:
+        return read(conf, name)
+    except MissingFileError as error:
+        raise misfit(file, location, f"names {name!r}, but {error}", owner=name) from None
+
+
 def _suggest(wrong: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(wrong), list(known), n=1)
     return f"; did you mean `{near[0]}`?" if near else ""
@@ -116,14 +153,15 @@ def read_settings(model: type[_Model], path: Path) -> _Model:
     """Read and validate one YAML file whose `name` is the file's stem.
 
     Raises:
-        ConfigError: the file is missing, is no YAML mapping, or a field is missing, unknown or out of range.
+        MissingFileError: there is no such file.
+        ConfigError: the file is no YAML mapping, or its name isn't the file's stem, or a field is missing, unknown or out of range.
     """
     try:
         text = path.read_text(encoding="utf-8")
         raw = yaml.load(text, _StrictLoader)
     except FileNotFoundError:
         near = sorted(p.stem for p in path.parent.glob("*.yaml"))
-        raise ConfigError(f"{path} does not exist{_suggest(path.stem, near)}; there are: {', '.join(near) or 'none'}") from None
+        raise MissingFileError(f"{path} does not exist{_suggest(path.stem, near)}; there are: {', '.join(near) or 'none'}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: no YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -134,5 +172,6 @@ def read_settings(model: type[_Model], path: Path) -> _Model:
     except ValidationError as error:
         raise ConfigError(_explain(error, model, path, text)) from error
     if raw["name"] != path.stem:
-        raise ConfigError(f"{path}: field `name` is {raw['name']!r}, but the file's stem is {path.stem!r}; make them equal")
+        where = locate(path, ("name",))
+        raise ConfigError(f"{where}: field `name` is {raw['name']!r}, but the file's stem is {path.stem!r}; make them equal")
     return settings

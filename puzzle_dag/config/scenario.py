@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator, model_validator
 
 from puzzle_dag.config.objective import ConstraintName, Objective
-from puzzle_dag.config.reading import At, ConfigError, Name, Settings, check_name, locate, read_settings
+from puzzle_dag.config.reading import At, Name, Settings, check_name, misfit, read_named, read_settings
 from puzzle_dag.config.structure import PoolSettings, StructureSettings
 
 COUNTS: tuple[ConstraintName, ...] = ("parameters", "kv_bytes_per_token", "num_attention_layers")
@@ -203,25 +203,31 @@ def scenario_file(conf: Path, name: str) -> Path:
     return conf / "scenarios" / f"{check_name(name)}.yaml"
 
 
-def read_earlier(conf: Path, scenario: Scenario) -> dict[str, Scenario]:
+def read_earlier(conf: Path, scenario: Scenario, *, file: Path | None = None) -> dict[str, Scenario]:
     """Read the scenarios that a scenario's answer must differ from, and those that theirs must differ from, and so on.
+
+    Args:
+        conf: folder of the configuration.
+        scenario: as read.
+        file: where it was read; its place in `conf` unless given.
 
     Raises:
         ConfigError: one has no file, or can't be read, or a scenario would have to differ from its own answer.
     """
     found: dict[str, Scenario] = {}
 
-    def read(current: Scenario, way: tuple[str, ...]) -> None:
-        for name in current.structure.different_from:
+    def read(current: Scenario, way: tuple[str, ...], where: Path) -> None:
+        for i, name in enumerate(current.structure.different_from):
+            field = ("structure", "different_from", i)
             if name in way:
-                where = locate(scenario_file(conf, current.name), ("structure", "different_from"))
                 circle = " -> ".join((*way[way.index(name) :], name))
-                raise ConfigError(f"{where}: field `structure.different_from`: {circle} is a circle; leave one of them out")
+                why = f"leads round in a circle, {circle}; leave one of them out"
+                raise misfit(where, field, why, owner=f"scenario {current.name}")
             if name not in found:
-                found[name] = read_scenario(conf, name)
-                read(found[name], (*way, name))
+                found[name] = read_named(read_scenario, conf, name, file=where, location=field)
+                read(found[name], (*way, name), scenario_file(conf, name))
 
-    read(scenario, (scenario.name,))
+    read(scenario, (scenario.name,), file or scenario_file(conf, scenario.name))
     return found
 
 

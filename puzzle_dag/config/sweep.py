@@ -54,8 +54,9 @@ class Sweep(Settings):
     """What it is for, in words."""
     profile: Name
     """The profile that solves the scenarios."""
-    sets: str = Field(pattern=r"^[a-z0-9_]+(\.[a-z0-9_]+)*$")
-    """The scenario's field that takes the values, dots between levels: `constraints.memory_bytes.at_most`."""
+    sets: str = Field(pattern=r"^[^.\n]+(\.[^.\n]+)*$")
+    """The scenario's field that takes the values, dots between levels: `constraints.memory_bytes.at_most`. A name that has dots itself
+    (a number of a foreign library, `constraints.stats.memory_mib.at_most`) is one level."""
     values: SweepRange
     """The values."""
     scenario: dict[str, Any]
@@ -81,7 +82,7 @@ class Sweep(Settings):
             "description": f"{self.sets} = {value}. {self.description}".strip(),
             **_copied(self.scenario),
         }
-        *path, last = self.sets.split(".")
+        *path, last = self._levels(fields)
         place = fields
         for part in path:
             place = place.setdefault(part, {})
@@ -89,6 +90,23 @@ class Sweep(Settings):
                 raise ValueError(f"sweep {self.name}: sets is {self.sets!r}, but {part!r} is no mapping in `scenario`")
         place[last] = int(value) if value == value.to_integral_value() else float(value)
         return fields
+
+    def _levels(self, fields: dict[str, Any]) -> list[str]:
+        """Return the keys that `sets` leads through: at each level the longest that is there, else what is up to the next dot.
+
+        In a foreign library's scenario all between `constraints` and the bound is the number's name, whether it is there or not.
+        """
+        if "library" in fields and self.sets.startswith("constraints.") and self.sets.count(".") > 1:
+            first, _, rest = self.sets.partition(".")
+            number, _, bound = rest.rpartition(".")
+            return [first, number, bound]
+        levels, place, parts = [], fields, self.sets.split(".")
+        while parts:
+            known = place if isinstance(place, dict) else {}
+            num = next((n for n in range(len(parts), 1, -1) if ".".join(parts[:n]) in known), 1)
+            levels.append(".".join(parts[:num]))
+            place, parts = known.get(levels[-1], {}), parts[num:]
+        return levels
 
 
 def _copied(value: Any) -> Any:

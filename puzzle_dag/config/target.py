@@ -79,6 +79,11 @@ class Target(Settings):
         return value
 
 
+def target_file(conf: Path, name: str) -> Path:
+    """Return the path of a target's file. Raises ConfigError for a name that would leave the folder."""
+    return conf / "targets" / f"{check_name(name)}.yaml"
+
+
 def read_target(conf: Path, name: str) -> Target:
     """Read conf/targets/NAME.yaml. Raises ConfigError."""
-    return read_settings(Target, conf / "targets" / f"{check_name(name)}.yaml")
+    return read_settings(Target, target_file(conf, name))

@@ -26,7 +26,7 @@ def _read_shape(root: Path, profile_name: str) -> "tuple[Any, PuzzleDagConfig]":
 def measure(args: argparse.Namespace) -> int:
     """Measure what every variant of a profile costs on a target, print the table and, where asked, write it."""
     from puzzle_dag.architecture import FFN, Attention, Block
-    from puzzle_dag.config import read_target
+    from puzzle_dag.config import profile_file, read_target
     from puzzle_dag.costs.measure import measure_target
     from puzzle_dag.engine.client import EngineFailedError
     from puzzle_dag.preflight import check_lengths, list_cost_variants
@@ -34,9 +34,10 @@ def measure(args: argparse.Namespace) -> int:
     from puzzle_dag.store import ArtifactStore
 
     profile, shape = _read_shape(args.root, args.profile)
-    target = read_target(args.root / "conf", args.target)
-    check_lengths(profile, {target.name: target}, shape)
-    attentions, ffns = list_cost_variants(profile, shape)
+    conf = args.root / "conf"
+    target = read_target(conf, args.target)
+    check_lengths(conf, profile, {target.name: target}, shape)
+    attentions, ffns = list_cost_variants(profile, shape, file=profile_file(conf, profile.name))
     parent = Block(Attention("gqa", shape.num_key_value_heads), FFN("swiglu", shape.intermediate_size))
     store, progress = ArtifactStore(args.root / "var" / "store"), ProgressLog(f"measuring {target.name}")
     try:

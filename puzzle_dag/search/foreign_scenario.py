@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from puzzle_dag.config.foreign import ForeignScenario
+from puzzle_dag.config.reading import ConfigError, misfit
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.search.foreign import ForeignCandidates, ForeignLibrary, ForeignLibraryError, ForeignLimit, solve_foreign_library
 from puzzle_dag.search.limits import as_written
@@ -86,24 +88,33 @@ def choice_by_layer(library: ForeignLibrary, choices: Mapping[str, str]) -> dict
     return {layer: found[layer] for layer in layers}
 
 
-def check_foreign_scenario(scenario: ForeignScenario, library: ForeignLibrary, *, profile: str) -> None:
+def check_foreign_scenario(scenario: ForeignScenario, library: ForeignLibrary, *, profile: str, file: Path | None = None) -> None:
     """Check that a scenario is of this profile and speaks of numbers that every variant of the library has.
 
+    Args:
+        scenario: as read.
+        library: the profile's library.
+        profile: name of the profile.
+        file: the scenario's file, so that an error names its line.
+
     Raises:
-        ForeignLibraryError: it isn't; the message names scenario, field, value and fix.
+        ConfigError: it isn't or doesn't; the message names field, value and fix.
+        ForeignLibraryError: the library can't be searched.
     """
-    where, candidates = f"scenario {scenario.name}", ForeignCandidates.of(library)
+
+    def wrong(field: tuple[str, ...], why: str) -> ConfigError:
+        return misfit(file, field, why, owner=f"scenario {scenario.name}")
+
+    candidates, least = ForeignCandidates.of(library), scenario.min_different_layers
     if scenario.library != profile:
-        raise ForeignLibraryError(f"{where}: library is {scenario.library!r}, but profile {profile!r} names it; make them equal")
-    for field, metric in (("minimize", scenario.minimize), *((f"constraints.{name}", name) for name in scenario.constraints)):
+        raise wrong(("library",), f"is {scenario.library!r}, but profile {profile!r} names it; make them equal")
+    for field, metric in ((("minimize",), scenario.minimize), *((("constraints", name), name) for name in scenario.constraints)):
         try:
             candidates.amounts(metric)
         except ForeignLibraryError as error:
-            raise ForeignLibraryError(f"{where}: {field}: {error}") from None
-    if scenario.min_different_layers > len(candidates.layers):
-        raise ForeignLibraryError(
-            f"{where}: min_different_layers is {scenario.min_different_layers}; the library has {len(candidates.layers)} layers"
-        )
+            raise wrong(field, f"can't be summed: {error}") from None
+    if least > len(candidates.layers):
+        raise wrong(("min_different_layers",), f"is {least}; the library has {len(candidates.layers)} layers")
 
 
 def solve_foreign_scenario(library: ForeignLibrary, scenario: ForeignScenario) -> list[dict[str, Any]]:

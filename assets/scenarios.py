@@ -27,7 +27,8 @@ from puzzle_dag.config import (
     read_target,
 )
 from puzzle_dag.preflight import check_refinable, check_scenario, check_scores
-from puzzle_dag.search.foreign import ForeignLibraryError, read_foreign_library
+from puzzle_dag.search.foreign import read_foreign_library
+from puzzle_dag.search.foreign_candidates import ForeignLibraryError
 from puzzle_dag.search.foreign_scenario import check_foreign_scenario
 from puzzle_dag.store import write_atomically
 from resources.device import lease

@@ -2,7 +2,8 @@
 
 What bounds don't change is worked out once: which items are dominated, the columns, and the linear relaxation with its
 last basis. Items whose reduced cost there shows that no solution as good as the one found can hold them are left
-out of the integer program, which is exact; the bound that is returned accounts for them.
+out of the integer program, which is exact; the bound that is returned accounts for them. That integer program is built
+anew and searched from the start in each solve.
 """
 
 import time

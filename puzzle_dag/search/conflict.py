@@ -16,6 +16,8 @@ import numpy as np
 from puzzle_dag.search.program import Floats, Item, Program
 from puzzle_dag.search.solver import minimise
 
+_NEAREST_TIME_LIMIT_S = 5.0
+"""For the best value of one quantity. It is there to tell how far off a bound is, which the last digits don't matter for."""
 STRUCTURE = "structure"
 """Name of the structure as a member of a conflict."""
 
@@ -100,6 +102,7 @@ class Nearest(Generic[LimitT]):
     limit: LimitT
     value: float
     others: tuple[str, ...]
+    is_proven: bool = True  # else time ran out, and a better value may be in reach
 
     @property
     def shortfall(self) -> float:
@@ -115,7 +118,7 @@ class Conflict(Generic[LimitT]):
     Attributes:
         limits: the limits of the set.
         structure: the structure in words where it is in the set, else empty.
-        nearest: how near each limit of the set can come; the structure is kept or not.
+        nearest: how near each limit of the set can come, of those where anything was found in time.
     """
 
     limits: tuple[LimitT, ...]
@@ -172,7 +175,7 @@ class Feasibility(Generic[LimitT]):
         if known:
             return known
         costs = sum((_pull(candidates, limit) for limit in others), np.zeros(len(candidates.items)))
-        chosen = minimise(candidates.program(limits), costs, is_met=is_met).chosen
+        chosen = minimise(candidates.program(limits), costs, is_met=is_met, any_choice=True).chosen
         if chosen:
             self._found[structured].append(chosen)
         else:
@@ -208,24 +211,26 @@ def smallest_conflict(feasibility: Feasibility[LimitT], limits: Sequence[LimitT]
     return None
 
 
-def nearest_value(candidates: Searchable[LimitT], limit: LimitT, others: Sequence[LimitT]) -> float | None:
-    """Return the value nearest to a limit's bounds that can be reached while `others` are met, None where they can't.
+def nearest_value(candidates: Searchable[LimitT], limit: LimitT, others: Sequence[LimitT]) -> tuple[float, bool] | None:
+    """Return the value nearest to a limit's bounds that can be reached while `others` are met, and whether that is proven.
 
-    The quantity alone is optimised: towards its one bound, or, with two bounds, from below and from above.
+    The quantity alone is optimised: towards its one bound, or, with two bounds, from below and from above. None where nothing is found.
     """
     lower, upper = limit.sum_bounds()
-    sums, reached = candidates.sums(limit), list[Fraction]()
+    sums, reached, is_proven = candidates.sums(limit), list[Fraction](), True
     for sign, bound, other in ((1, upper, lower), (-1, lower, upper)):
         if bound is None:
             continue
         own = [] if other is None else [limit.with_sum_bounds(lower=sign > 0, upper=sign < 0)]
         asked = [*others, *own]
-        if chosen := minimise(candidates.program(asked), sign * sums, is_met=candidates.meets(asked)).chosen:
-            reached.append(candidates.total(limit, chosen))
+        outcome = minimise(candidates.program(asked), sign * sums, is_met=candidates.meets(asked), time_limit_s=_NEAREST_TIME_LIMIT_S)
+        is_proven = is_proven and outcome.status != "time_limit"
+        if outcome.chosen:
+            reached.append(candidates.total(limit, outcome.chosen))
     if not reached:
         return None
     nearest = min(reached, key=lambda total: min(abs(total - b) for b in (lower, upper) if b is not None))
-    return float(limit.value(nearest))
+    return float(limit.value(nearest)), is_proven
 
 
 def explain_conflict(feasibility: Feasibility[LimitT], limits: Sequence[LimitT]) -> Conflict[LimitT]:
@@ -242,9 +247,9 @@ def explain_conflict(feasibility: Feasibility[LimitT], limits: Sequence[LimitT])
             ([other for other in conflict.limits if other is not limit], conflict.structure),
         ]
         for others, structure in tries:
-            value = nearest_value(feasibility.candidates(structured=bool(structure)), limit, others)
-            if value is not None:
+            found = nearest_value(feasibility.candidates(structured=bool(structure)), limit, others)
+            if found is not None:
+                names = (*(other.name for other in others), *([STRUCTURE] if structure else []))
+                nearest.append(Nearest(limit, found[0], names, found[1]))
                 break
-        assert value is not None, "a smallest conflict without one of its members can be met"
-        nearest.append(Nearest(limit, value, (*(other.name for other in others), *([STRUCTURE] if structure else []))))
     return Conflict(conflict.limits, conflict.structure, tuple(nearest))

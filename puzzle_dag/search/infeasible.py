@@ -49,7 +49,8 @@ class InfeasibleScenarioError(ScenarioError):
         lines = []
         for n in sorted(conflict.nearest, key=lambda n: n.shortfall):
             met = f" with {', '.join(n.others)} met" if n.others else ""
-            lines.append(f"{n.limit.describe()} can't be met: the best value{met} is {n.value:.6g}.")
+            best = "the best value" if n.is_proven else "the best value that was found in time"
+            lines.append(f"{n.limit.describe()} can't be met: {best}{met} is {n.value:.6g}.")
         if conflict.limits and conflict.structure:
             lines.append(f"The structure asks for {conflict.structure}.")
         if len(conflict.names) > 1:

@@ -9,7 +9,7 @@ import dagster as dg
 
 from assets.checking import Body, check_of, check_result
 from assets.children import checkpoint_folder, chosen_architecture, chosen_pieces
-from assets.costs import parent_architecture, parent_block
+from assets.costs import parent_block
 from assets.facts import constraints_met, read_chain
 from assets.further_checks import further_score_checks
 from assets.heldout import heldout_is_predicted
@@ -72,36 +72,27 @@ def _scores_are_sound(plan: Plan) -> Body:
 
 def _solution_is_feasible(plan: Plan, asset: str) -> Body:
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
-        """Add the costs up again, from the table and not from the solver, and hold them against every limit."""
-        from puzzle_dag.search.candidates import placed_digests
-        from puzzle_dag.search.points import scenario_limits
+        """Hold the solutions, added up again from the tables and not by the solver, against all that the scenario asks."""
+        from puzzle_dag.config import split_earlier
+        from puzzle_dag.search.recheck import recheck_solutions
         from puzzle_dag.search.solution import Solution
 
-        scenario = workspace.scenario_of(workspace.shelf.value("scenario_spec", context.partition_key))
-        solution = Solution.from_json(workspace.shelf.value(asset, context.partition_key)["solution"])
-        costs, parent = read_costs(plan, workspace, *scenario.targets), parent_architecture(plan)
-        broken, rows = [], []
-        for limit in scenario_limits(scenario, costs, solution.batch_sizes, parent):
-            value = limit.measure.of(solution.architecture)
-            rows.append(
-                {
-                    "constraint": limit.name,
-                    "value": value,
-                    "at_least": limit.at_least and float(limit.at_least),
-                    "at_most": limit.at_most and float(limit.at_most),
-                }
-            )
-            slack = 1e-9 * abs(value)
-            if (limit.at_least is not None and value < limit.at_least - slack) or (
-                limit.at_most is not None and value > limit.at_most + slack
-            ):
-                broken.append(limit.name)
-        scored = {placed for layer in read_scores(workspace) for score in layer for placed in placed_digests(score)}
-        broken += [budget.score for budget in solution.budgets if budget.value > budget.at_most]
-        strange = [c.block for c in solution.choices if (c.layer, c.block, c.digest) not in scored]
-        return check_result(
-            not broken and not strange, broken=", ".join(broken) or "none", unknown=", ".join(strange) or "none", limits=table(rows)
+        scenario, earlier = split_earlier(workspace.shelf.value("scenario_spec", context.partition_key))
+        value = workspace.shelf.value(asset, context.partition_key)
+        solutions = [Solution.from_json(s) for s in (value["solution"], *value.get("pool", ()))]
+        is_refined = asset != "solution"
+        asked = (scenario,) if is_refined else (scenario, *earlier.values())
+        found = recheck_solutions(
+            read_scores(workspace),
+            read_costs(plan, workspace, *(target for one in asked for target in one.targets)),
+            scenario,
+            parent_block(plan),
+            solutions,
+            earlier=earlier,
+            is_refined=is_refined,
         )
+        rows = [{"constraint": x.name, "value": x.value, "at_least": x.at_least, "at_most": x.at_most} for x in found.limits]
+        return check_result(not found.wrong, wrong="; ".join(found.wrong) or "none", num_solutions=len(solutions), limits=table(rows))
 
     return body
 
@@ -173,9 +164,9 @@ def asset_checks(plan: Plan) -> list[dg.AssetChecksDefinition]:
 def _blocking_checks(plan: Plan) -> list[_Check]:
     layers, scenarios = plan.partitions.layers, plan.partitions.scenarios
     library, scores, assembled = _library_is_complete(plan), _scores_are_sound(plan), _child_is_as_assembled(plan)
+    added_up = "The solutions, added up again, are as the scenario asks: bounds, budgets, structure, pool."
     feasible = [
-        (asset, "feasible", scenarios, _solution_is_feasible(plan, asset), "The chosen pieces, added up again, meet every constraint.")
-        for asset in dict.fromkeys(("solution", plan.chosen))
+        (asset, "feasible", scenarios, _solution_is_feasible(plan, asset), added_up) for asset in dict.fromkeys(("solution", plan.chosen))
     ]
     return [
         ("block_library", "complete", layers, library, "Every variant of the space is there, its loss finite."),

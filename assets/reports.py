@@ -15,10 +15,10 @@ from puzzle_dag.config import Scenario
 from puzzle_dag.costs.comparison import Comparison
 from puzzle_dag.report.costs import cost_panels, residual_plot
 from puzzle_dag.report.html import Picture, Table
+from puzzle_dag.report.loosened import LoosenedFact
 from puzzle_dag.report.pictures import frontier, score_heat_map
 from puzzle_dag.report.scenario import (
     ConstraintFact,
-    LoosenedFact,
     ScenarioFacts,
     ServedFact,
     TaskFact,
@@ -98,11 +98,6 @@ def _tasks(accuracy: Mapping[str, Any]) -> list[TaskFact]:
     ]
 
 
-def _loosened(solution: Mapping[str, Any]) -> list[LoosenedFact]:
-    shared = ("side", "bound", "change", "value", "gain", "is_binding")
-    return [LoosenedFact(name=x["constraint"], **{k: x[k] for k in shared}) for x in solution.get("loosened", ())]
-
-
 def _speculation(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the page tells of a child as a draft model."""
     return {
@@ -129,7 +124,7 @@ def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts
         description=spec.get("description", ""),
         constraints=_constraints(solution, workspace.scenario_of(dict(spec))),
         optimised=str(solution["notes"].get("optimised", solution["minimized"])),
-        loosened=_loosened(solution),
+        loosened=[LoosenedFact.of(entry) for entry in solution.get("loosened", ())],
         # An optimised quantity's bound and gap are in the notes.
         solver={
             **{k: solution[k] for k in ("status", "objective", "bound", "gap", "batch", "seconds")},

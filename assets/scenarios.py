@@ -29,7 +29,8 @@ from puzzle_dag.config import (
 )
 from puzzle_dag.preflight import list_placed_blocks, read_targets
 from puzzle_dag.scenario_checks import PlacedBlocks, check_scenario
-from puzzle_dag.search.foreign import ForeignLibraryError, read_foreign_library
+from puzzle_dag.search.foreign import read_foreign_library
+from puzzle_dag.search.foreign_candidates import ForeignLibraryError
 from puzzle_dag.search.foreign_scenario import check_foreign_scenario
 from puzzle_dag.store import write_atomically
 from resources.device import lease

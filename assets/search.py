@@ -9,6 +9,7 @@ from assets.costs import parent_block, read_cost_table
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
 from assets.run_scores import read_run_scores
+from puzzle_dag.report.loosened import LoosenedFact, loosened_rows
 from puzzle_dag.store import fingerprint
 from resources.rows import read_rows, write_rows
 from resources.workspace import Workspace
@@ -114,20 +115,9 @@ def _limit_rows(solution: "Solution") -> list[dict[str, Any]]:
     return [*rows, *({name: row.get(name) for name in (rows or quality)[0]} for row in quality)]
 
 
-def _loosened_rows(solution: "Solution") -> list[dict[str, Any]]:
-    unit = str(solution.notes.get("optimised", solution.minimized))
-    return [
-        {
-            "constraint": x.constraint,
-            "side": x.side,
-            "bound": x.bound,
-            "loosened by": x.change,
-            "binds": "yes" if x.is_binding else "no",
-            f"buys, {unit}": x.gain,
-            f"{unit} then": x.value,
-        }
-        for x in solution.loosened
-    ]
+def _loosened_rows(solution: "Solution") -> list[dict[str, str]]:
+    facts = [LoosenedFact.of(asdict(entry)) for entry in solution.loosened]
+    return loosened_rows(facts, str(solution.notes.get("optimised", solution.minimized)))
 
 
 def _pool_table(solutions: "list[Solution]") -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 Each instance is a library of 54 blocks a layer (attention kv8, 4, 2, 1, linear, no-op; FFN 100 to 10 %, linear, no-op) on a
 70B-like shape: scores grow with what is taken away, differ by layer over orders of magnitude, and are noisy; costs
 follow the shape. Three constraints: throughput, memory, KV bytes. `--compare` also solves the same programs with
-PuLP/CBC and python-mip/CBC, where they are installed (they are no dependency of ours). One thread, one process.
+PuLP/CBC and python-mip/CBC, where they are installed: pip install -e '.[benchmark]'. One thread, one process.
 """
 
 import argparse
@@ -168,7 +168,7 @@ def show_comparison(num_instances: int) -> None:
     others = {name: solve for module, (name, solve) in known.items() if importlib.util.find_spec(module) is not None}
     for module, (name, _) in known.items():
         if name not in others:
-            print(f"{name}: left out, because it is not installed; `pip install {module}` in this environment adds it")
+            print(f"{name}: left out, because {module} is not installed; `pip install -e '.[benchmark]'` adds it")
     ours, theirs = list[tuple[float, float, object]](), {name: list[tuple[float, float, object]]() for name in others}
     for seed in range(num_instances):
         program, costs = make_program(80, seed)

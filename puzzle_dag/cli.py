@@ -12,6 +12,7 @@ from pathlib import Path
 from puzzle_dag.cli_children import add_commands
 from puzzle_dag.console import say
 from puzzle_dag.costs.commands import add_cost_commands
+from puzzle_dag.report.loosened import LoosenedFact, loosened_rows
 from puzzle_dag.report.tables import format_bytes, format_seconds, text_table
 
 
@@ -70,12 +71,15 @@ def _solve(args: argparse.Namespace) -> int:
         at_least=_bounds("--at-least", args.at_least),
         num_solutions=args.num_solutions,
         min_different_layers=args.min_different_layers,
+        loosen=args.loosen,
     )
-    solutions = answer.get("solutions", [answer])
+    solutions = [found for found in answer.get("solutions", [answer]) if found["choices"]]
     if args.json:
         say(json.dumps(answer, indent=1))
-    elif "choices" not in solutions[0]:
-        say(f"{answer['status']}: conflicting are {'; '.join(answer.get('conflicting', ()))}")
+    elif not solutions:
+        say(f"{answer['status']}: no choice was found in {answer['seconds']:.3g} s")
+        if answer.get("conflicting"):
+            say(f"conflicting are {'; '.join(answer['conflicting'])}")
         for name, nearest in answer.get("nearest", {}).items():
             say(f"{name}: {nearest['value']:.6g} can be met together with {', '.join(nearest['while_met']) or 'nothing else'}")
     else:
@@ -84,7 +88,9 @@ def _solve(args: argparse.Namespace) -> int:
             numbers |= {k: f"{v:.6g}" for k, v in solution["costs"].items()}
             say(f"{solution['status']}: " + ", ".join(f"{k} {v}" for k, v in numbers.items()))
             say(text_table(("layer", "variant"), list(solution["choices"].items())))
-    return 0 if "choices" in solutions[0] else 1
+        if loosened := loosened_rows([LoosenedFact.of(entry) for entry in solutions[0].get("loosening", ())], args.minimize):
+            say(text_table(tuple(loosened[0]), [tuple(row.values()) for row in loosened]))
+    return 0 if solutions else 1
 
 
 def _bound(text: str) -> tuple[str, float]:
@@ -141,6 +147,7 @@ def build_parser() -> argparse.ArgumentParser:
         solve.add_argument(f"--at-{side}", type=_bound, action="append", default=[], metavar="NAME=VALUE", help="bound of a number's sum")
     solve.add_argument("--num-solutions", type=int, default=1, help="how many answers (default: %(default)s)")
     solve.add_argument("--min-different-layers", type=int, default=1, help="layers in which any two answers differ at least")
+    solve.add_argument("--loosen", action="store_true", help="also say what each bound 5 %% looser would buy; a solve for each")
     solve.add_argument("--json", action="store_true", help="the answer as JSON, and nothing else")
     solve.set_defaults(run=_solve)
 

@@ -34,7 +34,7 @@ def project(micro_parent_folder: Path, tmp_path_factory: pytest.TempPathFactory)
         yield made
 
 
-def evaluate(project: Project, asset: str, check: str, partition: str) -> bool:
+def judge(project: Project, asset: str, check: str, partition: str) -> dg.AssetCheckEvaluation:
     """Run one check on its own, as the UI's button does."""
     definitions = build_definitions(make_plan(project.root, project.profile))
     key = dg.AssetCheckKey(dg.AssetKey([project.profile, asset]), check)
@@ -43,7 +43,11 @@ def evaluate(project: Project, asset: str, check: str, partition: str) -> bool:
         # By tag: `partition_key` asks for the partitions of the assets that are selected, and there are none beside the check.
         result = job.execute_in_process(instance=instance, tags={"dagster/partition": partition}, raise_on_error=False)
     (evaluation,) = result.get_asset_check_evaluations()
-    return bool(evaluation.passed)
+    return evaluation
+
+
+def evaluate(project: Project, asset: str, check: str, partition: str) -> bool:
+    return bool(judge(project, asset, check, partition).passed)
 
 
 @contextmanager
@@ -89,6 +93,20 @@ def choose_what_is_not_scored(value: dict[str, Any]) -> None:
     value["solution"]["choices"][0]["digest"] = "0" * 64
 
 
+def forbid_a_chosen_block(spec: dict[str, Any], solution: dict[str, Any]) -> None:
+    spec["structure"]["forbidden"] = {"1": [solution["choices"][1]["block"]]}
+
+
+def ask_for_less_loss(spec: dict[str, Any], solution: dict[str, Any]) -> None:
+    """The record of the solver says nothing of the budget, and must not be what counts."""
+    spec["objective"]["subject_to"] = {"kl": {"at_most": solution["objective"] / 2}}
+    solution["budgets"] = [{"score": "kl", "at_most": solution["objective"] / 2, "value": 0.0}]
+
+
+def repeat_the_best_in_the_pool(spec: dict[str, Any], solution: dict[str, Any]) -> None:
+    spec["pool"] = {"num_solutions": 2, "min_different_layers": 2}
+
+
 def foretell_twice_the_speed(value: dict[str, Any]) -> None:
     for found in value["report"]["speedups"]:
         found["predicted"] *= 2
@@ -117,6 +135,25 @@ def test_a_check_fails_on_what_is_wrong(project: Project, asset: str, check: str
     with spoilt(project.workspace.shelf.path(asset, partition)):
         edit_record(project, asset, partition, change)
         assert not evaluate(project, asset, check, partition)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (forbid_a_chosen_block, "solution 1: layer 1 has kv4/w64, which `fixed` or `forbidden` rules out"),
+        (ask_for_less_loss, "solution 1: kl is "),
+        (repeat_the_best_in_the_pool, "solutions 1 and 2 differ in 0 layers, not 2"),
+    ],
+)
+def test_a_solution_is_held_against_all_that_was_asked(project: Project, change: Callable[[Any, Any], None], message: str) -> None:
+    shelf = project.workspace.shelf
+    solution = shelf.value("solution", SCENARIO)["solution"]
+    with spoilt(shelf.path("scenario_spec", SCENARIO)), spoilt(shelf.path("solution", SCENARIO)):
+        edit_record(project, "scenario_spec", SCENARIO, lambda spec: change(spec, solution))
+        pool = [solution] if change is repeat_the_best_in_the_pool else []
+        edit_record(project, "solution", SCENARIO, lambda value: value.update(solution=solution, pool=pool))
+        found = judge(project, "solution", "feasible", SCENARIO)
+        assert not found.passed and found.metadata["wrong"].value.startswith(message)
 
 
 def test_retention_is_held_against_the_floor(project: Project) -> None:

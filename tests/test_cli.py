@@ -17,6 +17,7 @@ import yaml
 
 from puzzle_dag import cli, doctor
 from puzzle_dag.engine.client import VllmMissingError
+from puzzle_dag.search.program import Outcome
 from puzzle_dag.store import ArtifactStore, fingerprint
 from puzzle_dag.sweep import sweep
 
@@ -214,9 +215,29 @@ def test_solve_gives_several_answers_that_differ(capsys, library):
 def test_solve_says_what_conflicts(capsys, library):
     bounds = ("--at-most", "stats.memory_mib=100", "--at-least", "stats.runtime_ms=5")
     status, answer = solve(capsys, library, *bounds)
-    assert (status, answer["status"]) == (1, "infeasible") and len(answer["conflicting"]) == 2
-    assert cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div", *bounds]) == 1
-    assert "conflicting are" in capsys.readouterr().out
+    assert (status, answer["status"]) == (1, "infeasible") and len(answer["conflicting"]) == 2 and answer["choices"] == {}
+    for more in ((), ("--num-solutions", "2")):
+        assert cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div", *bounds, *more]) == 1
+        assert "conflicting are" in capsys.readouterr().out
+
+
+def test_solve_that_ran_out_of_time_names_no_conflict(capsys, library, monkeypatch):
+    monkeypatch.setattr("puzzle_dag.search.foreign.minimise", lambda *_, **__: Outcome("time_limit", seconds=600.0))
+    assert cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div"]) == 1
+    assert capsys.readouterr().out == "time_limit: no choice was found in 600 s\n"
+
+
+def test_solve_says_what_loosening_buys_where_it_is_asked_to(capsys, library):
+    bounds = ("--at-most", "stats.memory_mib=345", "--at-most", "stats.runtime_ms=100")
+    assert "loosening" not in solve(capsys, library, *bounds)[1]
+    loosening = solve(capsys, library, *bounds, "--loosen")[1]["loosening"]
+    # 345 MiB want two layers halved (0.01 and 0.02), 362.25 only one of them.
+    assert [(x["constraint"], x["loosened"], x["value"], x["is_binding"]) for x in loosening] == [
+        ("stats.memory_mib", 362.25, 0.01, True),
+        ("stats.runtime_ms", 105, 0.03, False),
+    ]
+    assert cli.main(["solve", "--library", library, "--minimize", "metrics.kl_div", *bounds, "--loosen"]) == 0
+    assert "stats.memory_mib at most 345 5 % more 17.25 0.02 0.01" in " ".join(capsys.readouterr().out.split())
 
 
 def test_solve_prints_a_table_for_people(capsys, library):

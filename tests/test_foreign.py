@@ -12,13 +12,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from puzzle_dag.search.foreign import ForeignLibraryError, read_foreign_library, solve_foreign_library
+from puzzle_dag.search import foreign
+from puzzle_dag.search.foreign import read_foreign_library, solve_foreign_library
+from puzzle_dag.search.foreign_candidates import ForeignLibraryError
+from puzzle_dag.search.program import Outcome
 
 WIDE, NARROW = {"ms": 0.3, "mib": 5}, {"ms": 0.1, "mib": 2}
 LIBRARY = {
     "layer_10": {"a": {"stats": WIDE, "metrics": {"kl": 0.0}}, "b": {"stats": NARROW, "metrics": {"kl": 0.5}}},
     "layer_2": {"a": {"stats": WIDE, "metrics": {"kl": 0.0}}, "b": {"stats": NARROW, "metrics": {"kl": 0.2}}},
 }
+
+KEYS = {"status", "objective", "bound", "gap", "seconds", "costs", "choices"}
+"""Of every answer, as docs/foreign-libraries.md says."""
 
 
 def total(library: dict[str, dict[str, dict[str, float]]], picks: dict[str, str], metric: str) -> Fraction:
@@ -41,17 +47,31 @@ def test_equals_brute_force(rows: list[list[tuple[float, float, float]]], ms: fl
     library = {str(i): {f"v{k}": dict(zip(("kl", "ms", "size"), v, strict=True)) for k, v in enumerate(row)} for i, row in enumerate(rows)}
     least = min(least, len(rows))
     answer = solve_foreign_library(
-        library, minimize="kl", at_most={"ms": ms}, at_least={"size": size}, num_solutions=num, min_different_layers=least
+        library, minimize="kl", at_most={"ms": ms}, at_least={"size": size}, num_solutions=num, min_different_layers=least, loosen=True
     )
-    left = [dict(zip(library, picks, strict=True)) for picks in product(*library.values())]
-    left = [p for p in left if total(library, p, "ms") <= Fraction(str(ms)) and total(library, p, "size") >= Fraction(str(size))]
+    every = [dict(zip(library, picks, strict=True)) for picks in product(*library.values())]
+
+    def within(most: Fraction, least: Fraction) -> list[dict[str, str]]:
+        return [p for p in every if total(library, p, "ms") <= most and total(library, p, "size") >= least]
+
+    left = within(Fraction(str(ms)), Fraction(str(size)))
     if not left:
         assert answer["status"] == "infeasible"
         assert answer["conflicting"]
+        assert set(answer) >= KEYS and ("solutions" in answer) == (num > 1)
         return
     answers = [answer] if num == 1 else answer["solutions"]
+    own = {entry["constraint"]: entry for entry in answers[0].pop("loosening")}
+    for name, bound, sign in (("ms", Fraction(str(ms)), 1), ("size", Fraction(str(size)), -1)):
+        totals = [total(library, p, name) for p in every]
+        moved = bound + sign * (bound or max(totals) - min(totals)) / 20
+        looser = within(moved, Fraction(str(size))) if name == "ms" else within(Fraction(str(ms)), moved)
+        best = min(total(library, p, "kl") for p in looser)
+        assert own[name]["loosened"] == pytest.approx(float(moved)) and own[name]["value"] == float(best)
+        assert own[name]["is_binding"] == (best < total(library, answers[0]["choices"], "kl"))
+        assert own[name]["step"].startswith("5 % of its range" if bound == 0 else "5 %")
     for found in answers:
-        assert found["status"] == "optimal"
+        assert set(found) == KEYS and found["status"] == "optimal"
         assert found["gap"] <= 1e-6
         assert found["objective"] == pytest.approx(float(min(total(library, p, "kl") for p in left)), abs=1e-12)
         assert found["choices"] in left
@@ -132,6 +152,29 @@ def test_what_conflicts_is_said_in_the_answer() -> None:
     assert sorted(answer["conflicting"]) == ["stats.mib at least 8", "stats.ms at most 0.2"]
     assert answer["nearest"]["stats.ms"]["value"] == pytest.approx(0.6)
     assert answer["nearest"]["stats.mib"]["value"] == 4.0
+
+
+def test_an_answer_has_all_its_keys_whatever_became_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = {"objective": None, "bound": None, "gap": None, "costs": {}, "choices": {}}
+    answer = solve_foreign_library(LIBRARY, minimize="metrics.kl", at_most={"stats.ms": -1.0})
+    assert set(answer) == KEYS | {"conflicting", "nearest"}
+    assert {k: answer[k] for k in nothing} == nothing and answer["status"] == "infeasible"
+    for status, bound in (("time_limit", 0.25), ("time_limit", float("nan"))):
+        monkeypatch.setattr(foreign, "minimise", lambda *_, s=status, b=bound, **__: Outcome(s, bound=b, seconds=600.0))
+        answer = solve_foreign_library(LIBRARY, minimize="metrics.kl", num_solutions=2)
+        known = None if bound != bound else bound
+        assert answer == {**nothing, "status": "time_limit", "bound": known, "seconds": 600.0, "solutions": []}
+    json.dumps(answer, allow_nan=False)
+
+
+def test_of_memory_one_more_gib_is_told_as_well_where_the_bound_is_larger() -> None:
+    """Three layers of 3 GiB; each that goes loses 0.5. 8 GiB allow two, 5 % more is 8.4, and one more GiB is the third."""
+    library = {str(i): {"full": {"memory_mib": 3072, "kl": 0.0}, "none": {"memory_mib": 0, "kl": 0.5}} for i in range(3)}
+    answer = solve_foreign_library(library, minimize="kl", at_most={"memory_mib": 8 * 1024}, loosen=True)
+    told = [(x["step"], x["change"], x["gain"], x["is_binding"]) for x in answer["loosening"]]
+    assert told == [("1 GiB more", 1024.0, 0.5, True), ("5 % more", pytest.approx(409.6), 0.0, False)]
+    answer = solve_foreign_library(library, minimize="kl", at_most={"memory_mib": 1024}, loosen=True)
+    assert [x["step"] for x in answer["loosening"]] == ["5 % more"]
 
 
 def test_json_csv_and_parquet_are_one_library(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from assets.scenarios import add_scenario, adopt_scenarios, remove_scenario
 from assets.sweeps import write_sweep
 from puzzle_dag.config import ConfigError, ForeignScenario, is_foreign, read_foreign_profile, read_foreign_scenario, read_profile
 from puzzle_dag.config.sweep import read_sweep
-from puzzle_dag.search.foreign import ForeignLibraryError, read_foreign_library
+from puzzle_dag.search.foreign import read_foreign_library
+from puzzle_dag.search.foreign_candidates import ForeignLibraryError
 from puzzle_dag.search.foreign_scenario import (
     check_foreign_scenario,
     layers_of,
@@ -227,6 +228,8 @@ def test_the_metadata_has_tables_and_pictures(project: Project) -> None:
     for name, entry in (("library_file", "picture_metrics.kl_div"), ("solution", "picture"), ("frontier", "picture_0")):
         assert found[name][entry].value.startswith("![") and "data:image/png;base64," in found[name][entry].value
     assert found["frontier"]["page"].value.endswith("/synthetic/index.html")
+    assert found["solution"]["solve_seconds"].value > 0
+    assert "5 % more" in found["solution"]["what loosening buys"].value
 
 
 def test_the_duckdb_file_holds_library_solutions_and_choices(project: Project) -> None:
@@ -235,8 +238,13 @@ def test_the_duckdb_file_holds_library_solutions_and_choices(project: Project) -
         query = """SELECT sum(l.value) FROM choices c JOIN library l ON l.layer = c.layer AND l.variant = c.variant AND l.metric = c.number
                    WHERE c.scenario = 'synthetic-memory' AND c.number = 'stats.memory_mib'"""
         (memory,) = connection.execute(query).fetchone()
+        loosened = connection.execute('SELECT scenario, "constraint", step, gain FROM loosening ORDER BY gain DESC').fetchall()
+        (seconds,) = connection.execute("SELECT min(seconds) FROM solutions").fetchone()
     # two numbers a layer for the pool (what is minimised, what is bounded), three for the other
-    assert counts == [16 * 20 * 4, 4, 16 * (3 + 3 * 2)] and memory <= 9900
+    assert counts == [16 * 20 * 4, 4, 16 * (3 + 3 * 2)] and memory <= 9900 and seconds > 0
+    bounds = {("synthetic-memory", "stats.memory_mib"), ("synthetic-memory", "stats.runtime_ms"), ("synthetic-pool", "stats.num_params")}
+    assert {row[:2] for row in loosened} == bounds and loosened[0][3] > 0
+    assert ("synthetic-memory", "stats.memory_mib", "1 GiB more") in {row[:3] for row in loosened}
 
 
 def test_the_pages_are_self_contained_and_made_again_when_one_is_gone(project: Project) -> None:
@@ -245,6 +253,7 @@ def test_the_pages_are_self_contained_and_made_again_when_one_is_gone(project: P
     for page in folder.glob("*.html"):
         text = page.read_text()
         assert "data:image/png;base64," in text and "<script" not in text and "source: synthetic" in text
+        assert ("what loosening each bound alone would buy" in text) == (page.name != "index.html")
     (folder / "synthetic-pool.html").unlink()
     assert project.refresh().ran == ["frontier"] and (folder / "synthetic-pool.html").exists()
 

@@ -13,8 +13,9 @@ from puzzle_dag.report import pictures
 from puzzle_dag.report.canvas import drawn_once
 from puzzle_dag.report.graph import draw_graph, implied_edges, place_nodes, rank_nodes
 from puzzle_dag.report.html import Picture, Section, Table, data_image, markdown_image, render_page
+from puzzle_dag.report.loosened import LoosenedFact
 from puzzle_dag.report.online import load_marks
-from puzzle_dag.report.scenario import ConstraintFact, LoosenedFact, ScenarioFacts, ServedFact, TaskFact, render_overview, render_scenario
+from puzzle_dag.report.scenario import ConstraintFact, ScenarioFacts, ServedFact, TaskFact, render_overview, render_scenario
 from puzzle_dag.report.tables import format_bytes, format_quantity, format_seconds, markdown_table, text_table
 
 ATTENTIONS = ("kv8", "kv4", "kv2", "kv1", "linear", "noop")
@@ -123,6 +124,9 @@ def test_curves_bars_and_frontier_stay_small():
         ("parameters", 8.03e9, "8.03 G"),
         ("num_attention_layers", 5, "5"),
         ("kl", float("nan"), "none"),
+        ("kl", 0.04012, "0.04012 nats"),
+        ("kl + 0.5 hellaswag", 0.25, "0.25"),
+        ("latency_s on cpu-chat at batch 8", 0.5, "500 ms"),
     ],
 )
 def test_quantities_carry_their_units(name, value, text):
@@ -179,7 +183,9 @@ def facts() -> ScenarioFacts:
         ],
         optimised="kl",
         loosened=[
-            LoosenedFact(name="memory_bytes", side="at_most", bound=2**30, change=2**29, value=0.0834, gain=0.0401, is_binding=True),
+            LoosenedFact(
+                name="memory_bytes", side="at_most", bound=2**30, change=2**29, value=0.0834, gain=0.0401, is_binding=True, step="50 % more"
+            ),
             LoosenedFact(name="ttft_s", side="at_most", bound=0.5, change=0.025, value=0.1235, gain=0.0, is_binding=False),
         ],
         solver={"status": "optimal", "objective": 0.1234567891, "gap": 0.0},
@@ -228,7 +234,16 @@ def test_scenario_page_shows_every_number_and_escapes_text():
     for shown in ("1,500 tokens/s", "1,520 tokens/s", "0.123457", "1.490 (1.450 to 1.530)", "0.0912", "97.3 ± 0.4 %", "commit abc"):
         assert shown in page
     assert "&lt;tokens&gt;" in page and "<tokens>" not in page
-    for shown in ("512.0 MiB", "0.0401", "nothing: it does not bind", "1.400 (1.260 to 1.540)", "1,540 tokens/s", "1.250 (1.200", "62.5%"):
+    for shown in (
+        "50 % more",
+        "512.0 MiB",
+        "0.0401 nats",
+        "nothing: it does not bind",
+        "1.400 (1.260 to 1.540)",
+        "1,540 tokens/s",
+        "1.250 (1.200",
+        "62.5%",
+    ):
         assert shown in page
     assert page.count("<img") == 4
     assert_self_contained(page)

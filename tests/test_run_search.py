@@ -16,6 +16,7 @@ from puzzle_dag.search.answer import answer_scenario
 from puzzle_dag.search.baselines import greedy_solution, random_solution
 from puzzle_dag.search.infeasible import InfeasibleScenarioError
 from puzzle_dag.search.limits import ScenarioError
+from puzzle_dag.search.recheck import recheck_solutions
 from puzzle_dag.search.run_score import RunScore
 from puzzle_dag.search.score import BlockScore
 from puzzle_dag.search.solution import Solution
@@ -220,6 +221,10 @@ def test_loosening_and_what_conflicts_know_runs() -> None:
     assert best.runs == ("fuse_0-2",) and best.predicted["ttft_s"] == 4.5
     assert [c.score for c in best.choices] == [0.2, 0.0, 0.0, 0.0]
     assert [c.block for c in best.choices] == ["kv4/w192", "noop/noop", "noop/noop", PARENT.name]
+    asked = scenario_of({"ttft_s": {"at_most": 4.5}})
+    assert recheck_solutions(table, {"t": COSTS}, asked, PARENT, [best]).wrong == ()
+    torn = replace(best, choices=(replace(best.choices[0], run=""), *best.choices[1:]))
+    assert recheck_solutions(table, {"t": COSTS}, asked, PARENT, [torn]).wrong, "a run's block was never scored alone"
     assert [entry.is_binding for entry in best.loosened] == [False], "nothing between the run and the parent"
     with pytest.raises(InfeasibleScenarioError) as caught:
         solve_scenario(table, {"t": COSTS}, scenario_of({"ttft_s": {"at_most": 4.0}}), PARENT)

@@ -1,7 +1,9 @@
 """Structure, pools and loosened bounds against brute force."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 from hypothesis import given, settings
@@ -16,6 +18,7 @@ from search_instances import (
     meets,
     plain_bounds,
     plain_objective,
+    plain_value,
     simple_costs,
     simple_table,
 )
@@ -24,6 +27,7 @@ from puzzle_dag.architecture import Architecture, Block
 from puzzle_dag.config import PoolSettings, Scenario, StructureSettings
 from puzzle_dag.piece_costs import PieceCosts
 from puzzle_dag.search.candidates import Candidates
+from puzzle_dag.search.conflict import STRUCTURE
 from puzzle_dag.search.infeasible import InfeasibleScenarioError
 from puzzle_dag.search.limits import ScenarioError
 from puzzle_dag.search.loosen import loosen_each
@@ -51,6 +55,26 @@ def feasible(instance: Instance) -> dict[Architecture, float]:
 
 def differences(first: Architecture, second: Architecture) -> int:
     return sum(a != b for a, b in zip(first, second, strict=True))
+
+
+def check_conflict(error: InfeasibleScenarioError, instance: Instance, fits: Callable[[Architecture], bool]) -> None:
+    """It can't be met, any set with a member less can, and each nearest value is what brute force finds."""
+    table, costs, scenario = instance
+    bounds = {b[0]: b for b in plain_bounds(scenario, costs, len(table), error.batch)}
+    architectures = [tuple(Block.parse(s.block) for s in picks) for picks in product(*table)]
+
+    def left(names: Sequence[str]) -> list[Architecture]:
+        asked = [bounds[name] for name in names if name in bounds]
+        return [a for a in architectures if meets(costs, a, asked) and (STRUCTURE not in names or fits(a))]
+
+    assert error.conflicting and not left(error.conflicting)
+    assert all(left(names) for names in combinations((*bounds, STRUCTURE), len(error.conflicting) - 1))
+    assert set(error.nearest) == set(error.conflicting) - {STRUCTURE} and len(error.rows) == len(error.conflicting)
+    for row in error.rows:
+        if row["constraint"] != STRUCTURE:
+            _, batch, length, *_ = bounds[row["constraint"]]
+            others = left(str(row["while met"]).split(", "))
+            assert any(row["best"] == pytest.approx(float(plain_value(row["constraint"], costs, a, batch, length))) for a in others)
 
 
 PATTERNS = ("kv4/*", "*/noop", "noop/*", "*/w64", "kv1/w32", "*")
@@ -98,12 +122,17 @@ def test_structure_equals_brute_force(instance: Instance, structure: Structure) 
     except ScenarioError:
         return
     if not values:
-        with pytest.raises(ScenarioError):
+        with pytest.raises(ScenarioError) as raised:
             solve_candidates(structure.apply(Candidates.of(table, PARENT)), {"t": costs}, scenario)
+        if isinstance(raised.value, InfeasibleScenarioError):
+            check_conflict(raised.value, instance, fits)
         return
     solution = solve_candidates(structure.apply(Candidates.of(table, PARENT)), {"t": costs}, scenario)
     assert solution.objective == pytest.approx(min(values), abs=1e-9)
     assert fits(solution.architecture)
+    for picks in product(*table):
+        architecture = tuple(Block.parse(s.block) for s in picks)
+        assert (structure.broken_by(architecture) == []) == fits(architecture)
 
 
 @settings(max_examples=80, deadline=None)
@@ -179,6 +208,28 @@ def test_a_count_of_layers_is_loosened_by_a_whole_layer() -> None:
     solution = solve_scenario(table, costs, scenario, PARENT)
     (entry,) = loosen_each(Problem.of(scenario, prepare(table, costs, scenario, PARENT), costs), solution)
     assert (solution.objective, entry.loosened, entry.gain) == (2.0, 4.0, 2.0)
+
+
+def test_a_budget_of_nothing_is_loosened_by_a_share_of_what_there_is() -> None:
+    """The summed kl goes from 0 to 4 x 2; 5 % of that are three layers with fewer heads, of 0.125 and a second each."""
+    table, costs = simple_table(4, {**TABLE, "kv1/w64": 0.125}), {"t": simple_costs(4, seconds=SECONDS)}
+    scenario = make_scenario({}, objective={"minimize": "latency", "subject_to": {"kl": {"at_most": 0.0}}})
+    solution = solve_scenario(table, costs, scenario, PARENT)
+    (entry,) = loosen_each(Problem.of(scenario, prepare(table, costs, scenario, PARENT), costs), solution)
+    assert (entry.bound, entry.loosened, entry.step) == (0.0, pytest.approx(0.4), "5 % of its range more")
+    assert (entry.gain, entry.is_binding) == (3.0, True)
+
+
+def test_of_memory_one_more_gib_is_told_as_well() -> None:
+    """Three layers of 4 GiB each and 2 B beside them; 11.5 GiB hold two, and 1 % more is not enough for the third."""
+    costs = simple_costs(3, seconds=SECONDS)
+    sizes = {piece: 2**32 if piece[2] == "w64" else 0 for piece in costs.pieces}
+    large = {piece: replace(cost, weight_bytes=sizes[piece], kv_bytes_per_token=0) for piece, cost in costs.pieces.items()}
+    table, costs = simple_table(3, {PARENT.name: 0.0, "kv4/noop": 0.5}), replace(costs, pieces=large)
+    scenario = make_scenario({"memory_bytes": {"at_most": 11.5 * 2**30}})
+    solution = solve_scenario(table, {"t": costs}, scenario, PARENT)
+    told = loosen_each(Problem.of(scenario, prepare(table, {"t": costs}, scenario, PARENT), {"t": costs}), solution, share=0.01)
+    assert [(x.step, x.change, x.gain) for x in told] == [("1 GiB more", 2**30, 0.5), ("1 % more", pytest.approx(0.115 * 2**30), 0.0)]
 
 
 def test_a_forbidden_pattern_that_matches_nothing_is_a_mistake() -> None:

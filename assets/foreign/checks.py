@@ -6,7 +6,7 @@ from assets.checking import check_of, check_result
 from assets.foreign.library import read_library
 from assets.foreign.plan import ForeignPlan
 from puzzle_dag.config import ForeignScenario
-from puzzle_dag.search.foreign import ForeignCandidates
+from puzzle_dag.search.foreign_candidates import ForeignCandidates
 from puzzle_dag.search.foreign_scenario import list_metrics, recheck_answers
 from resources.workspace import Workspace
 

@@ -9,7 +9,8 @@ from assets.foreign.plan import ForeignPlan
 from assets.foreign.watches import watch_foreign_scenario, watch_library_file
 from assets.materialise import materialised, picture, table
 from puzzle_dag.config import ForeignScenario, misfit, read_foreign_scenario, read_named, scenario_file
-from puzzle_dag.search.foreign import ForeignCandidates, ForeignLibrary, read_foreign_library
+from puzzle_dag.search.foreign import read_foreign_library
+from puzzle_dag.search.foreign_candidates import ForeignCandidates, ForeignLibrary
 from puzzle_dag.search.foreign_scenario import check_foreign_scenario, grid_of, list_metrics, list_sources
 from puzzle_dag.store import fingerprint
 from resources.workspace import Workspace

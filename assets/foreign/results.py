@@ -8,13 +8,13 @@ import dagster as dg
 
 from assets.foreign.library import constraint_table, metric_rows, read_library
 from assets.foreign.plan import ForeignPlan
-from assets.foreign.search import chosen_rows, solution_rows
+from assets.foreign.search import chosen_rows, loosened_table, solution_rows
 from assets.foreign.watches import watch_foreign_frontier
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.tables import tables_asset
 from puzzle_dag.config import ForeignScenario
 from puzzle_dag.report.html import Picture, Table
-from puzzle_dag.search.foreign import ForeignLibrary
+from puzzle_dag.search.foreign_candidates import ForeignLibrary
 from puzzle_dag.search.foreign_scenario import grid_of, sweep_foreign_library
 from puzzle_dag.store import fingerprint, write_atomically
 from resources.pages import page_url
@@ -69,12 +69,14 @@ def write_pages(
     footer = f"library {value['file']}, SHA-256 {value['digest'][:16]}, source: {', '.join(value['source']) or 'not said'}"
     paths = [folder / "index.html"]
     for name, (scenario, answers) in solved.items():
+        loosened = loosened_table(scenario, answers)
         png = variant_map(grid_of(library, scenario.minimize), chosen=answers[0]["choices"], label=scenario.minimize)
         page = render_foreign_page(
             name,
             subtitle=" · ".join(p for p in (scenario.description, f"profile {plan.profile.name}", f"least {scenario.minimize}") if p),
             tables=[
                 *([_to_table(constraint_table(scenario), "what was asked for")] if scenario.constraints else []),
+                *([_to_table(loosened, "what loosening each bound alone would buy, by solving again")] if loosened else []),
                 _to_table(rows[name], "the solutions: proof, and the sum of every number"),
                 _to_table(chosen_rows(library, answers), "the chosen variants"),
             ],
@@ -111,6 +113,7 @@ def _frontier_asset(plan: ForeignPlan) -> dg.AssetsDefinition:
         time, library, solved = Stopwatch(), read_library(workspace), read_solved(workspace)
         by_scenario = {name: solution_rows(library, scenario, answers) for name, (scenario, answers) in solved.items()}
         rows = [row for several in by_scenario.values() for row in several]
+        timeless = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
         drawn = _draw_trade_offs(library, solved, by_scenario)
         files = write_pages(plan, workspace, library, solved, by_scenario, drawn)
         if rows:
@@ -121,7 +124,7 @@ def _frontier_asset(plan: ForeignPlan) -> dg.AssetsDefinition:
             plan,
             workspace,
             {"rows": rows},
-            data_version=fingerprint({"rows": rows, "from": watch_foreign_frontier(plan, workspace)}),
+            data_version=fingerprint({"rows": timeless, "from": watch_foreign_frontier(plan, workspace)}),
             files=files,
             metadata={
                 "page": dg.MetadataValue.url(page_url(plan.profile.name, "index")),
@@ -145,9 +148,10 @@ def _tables_asset(plan: ForeignPlan) -> dg.AssetsDefinition:
             for variant, value in variants.items()
         ]
         found = {name: [workspace.tables / name / f"{s}.parquet" for s in solved] for name in ("solutions", "choices")}
-        return {"library": [write_rows(workspace.tables / "library.parquet", rows)], **found}
+        loosened = [workspace.tables / "loosening" / f"{s}.parquet" for s, (_, answers) in solved.items() if answers[0].get("loosening")]
+        return {"library": [write_rows(workspace.tables / "library.parquet", rows)], **found, "loosening": loosened}
 
-    description = "The library's numbers, the solutions and their choices in one DuckDB file; the Parquet files are the truth."
+    description = "The library, its solutions, their choices and what loosening buys in one DuckDB file; the Parquet files are the truth."
     return tables_asset(plan, sources, deps=["library_file", "frontier"], description=description)
 
 

@@ -9,7 +9,8 @@ from assets.foreign.library import read_library
 from assets.foreign.plan import ForeignPlan
 from assets.materialise import Stopwatch, materialised, picture, table
 from puzzle_dag.config import ForeignScenario
-from puzzle_dag.search.foreign import ForeignLibrary
+from puzzle_dag.report.loosened import LoosenedFact, loosened_rows
+from puzzle_dag.search.foreign_candidates import ForeignLibrary
 from puzzle_dag.search.foreign_scenario import choice_by_layer, grid_of, list_metrics, solve_foreign_scenario, total_of
 from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
@@ -40,11 +41,21 @@ def solution_rows(library: ForeignLibrary, scenario: ForeignScenario, answers: S
             "scenario": scenario.name,
             "solution": rank,
             "minimize": scenario.minimize,
-            **{k: answer[k] for k in ("status", "objective", "bound", "gap")},
+            **{k: answer[k] for k in ("status", "objective", "bound", "gap", "seconds")},
             **{name: float(total_of(library, answer["choices"], name)) for name in list_metrics(library)},
         }
         for rank, answer in enumerate(answers, start=1)
     ]
+
+
+def loosening_rows(scenario: ForeignScenario, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each bound and step: what loosening it alone would buy the best answer."""
+    return [{"scenario": scenario.name, "minimize": scenario.minimize, **entry} for entry in answers[0].get("loosening", ())]
+
+
+def loosened_table(scenario: ForeignScenario, answers: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Return the same for people."""
+    return loosened_rows([LoosenedFact.of(entry) for entry in answers[0].get("loosening", ())], scenario.minimize)
 
 
 def _metadata(library: ForeignLibrary, scenario: ForeignScenario, answers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -54,11 +65,14 @@ def _metadata(library: ForeignLibrary, scenario: ForeignScenario, answers: list[
     drawn = variant_map(grid, chosen=best["choices"], label=scenario.minimize, title=scenario.name)
     bounds = scenario.constraints
     return {
-        **{k: best[k] for k in ("status", "objective", "bound", "gap")},
+        **{k: best[k] for k in ("status", "objective")},
+        **{k: "not proven" if best[k] is None else best[k] for k in ("bound", "gap")},
+        "solve_seconds": best["seconds"],
         "num_solutions": len(answers),
         "constraints": table(
             [{"sum of": n, "at least": b.at_least, "at most": b.at_most, "solution": best["costs"].get(n)} for n, b in bounds.items()]
         ),
+        "what loosening buys": table(loosened_table(scenario, answers)),
         "solutions": table(solution_rows(library, scenario, answers)),
         "choices": table(chosen_rows(library, answers)),
         "picture": picture(drawn, f"{scenario.minimize} of every variant, the chosen ones framed"),
@@ -85,6 +99,8 @@ def foreign_search_assets(plan: ForeignPlan) -> list[dg.AssetsDefinition]:
         answers = solve_foreign_scenario(library, scenario)
         version = library_file.data_version if library_file else ""
         found = [{k: v for k, v in a.items() if k != "seconds"} for a in answers]
+        loosening = loosening_rows(scenario, answers)
+        files = [write_rows(workspace.tables / "loosening" / f"{name}.parquet", loosening)] if loosening else []
         return materialised(
             context,
             plan,
@@ -94,6 +110,7 @@ def foreign_search_assets(plan: ForeignPlan) -> list[dg.AssetsDefinition]:
             files=[
                 write_rows(workspace.tables / "solutions" / f"{name}.parquet", solution_rows(library, scenario, answers)),
                 write_rows(workspace.tables / "choices" / f"{name}.parquet", choice_rows(library, scenario, answers)),
+                *files,
             ],
             metadata=_metadata(library, scenario, answers),
             time=time,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from puzzle_dag.report.html import Picture, Section, Table, render_page
+from puzzle_dag.report.loosened import LoosenedFact, loosened_rows
 from puzzle_dag.report.online import load_section, speculation_section
 from puzzle_dag.report.pictures import DISTILLATION_LOSSES, architecture_map, loss_curve, retention_bars
 from puzzle_dag.report.tables import format_percent, format_quantity, format_seconds
@@ -24,26 +25,6 @@ class ConstraintFact:
     """The parent's value."""
     predicted: float
     """The child's value as the cost table predicts it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoosenedFact:
-    """One bound, and what the search gains where it alone is loosened."""
-
-    name: str
-    """Name of the bounded quantity or score."""
-    side: str
-    """"at_least" or "at_most"."""
-    bound: float
-    """The bound, in the unit that the name says."""
-    change: float
-    """By how much it was loosened, in that unit."""
-    value: float
-    """What the objective reaches then."""
-    gain: float
-    """By how much that is better."""
-    is_binding: bool
-    """Whether that is more than the proven gap."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,37 +131,16 @@ def _asked(facts: ScenarioFacts) -> Section:
     if facts.solver:
         shown = [f"{v:.6g}" if isinstance(v, float) else str(v) for v in facts.solver.values()]
         tables.append(Table(tuple(facts.solver), [shown], caption="the solver's answer"))
-    if facts.loosened:
-        tables.append(_loosened(facts))
+    if rows_of_bounds := loosened_rows(facts.loosened, facts.optimised):
+        cells = [tuple(row.values()) for row in rows_of_bounds]
+        tables.append(Table(tuple(rows_of_bounds[0]), cells, caption="what loosening each bound alone would buy, by solving again"))
     return Section("What was asked for", tables=tables)
-
-
-def _loosened(facts: ScenarioFacts) -> Table:
-    """Return what each bound that binds costs; the others are named, for they cost nothing."""
-
-    def amount(value: float) -> str:
-        return format_quantity(facts.optimised, value)
-
-    rows = [
-        (
-            x.name,
-            f"{x.side.replace('_', ' ')} {format_quantity(x.name, x.bound)}",
-            format_quantity(x.name, x.change),
-            amount(x.gain) if x.is_binding else "nothing: it does not bind",
-            amount(x.value),
-        )
-        for x in facts.loosened
-    ]
-    header = ("constraint", "bound", "loosened by", f"buys, {facts.optimised}", f"{facts.optimised} then")
-    return Table(header, rows, caption="what loosening each bound alone would buy, by solving again")
 
 
 def _architecture(facts: ScenarioFacts) -> Section:
     if not facts.blocks:
         return Section("The child")
-    png = architecture_map(
-        facts.blocks, attentions=facts.attentions, ffns=facts.ffns, parent_block=facts.parent_block, runs=facts.runs
-    )
+    png = architecture_map(facts.blocks, attentions=facts.attentions, ffns=facts.ffns, parent_block=facts.parent_block, runs=facts.runs)
     return Section("The child", pictures=[Picture(png, "which attention and which FFN every layer took")])
 
 

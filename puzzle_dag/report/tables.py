@@ -1,9 +1,12 @@
 """Numbers and tables as text: quantities with their units, tables in Markdown, and tables aligned for a terminal."""
 
 import math
+import re
 from collections.abc import Sequence
 
 _BYTE_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+_PLACE = re.compile(" (?:on|at) ")
+"""What divides a quantity's name from where it is bounded."""
 
 
 def format_bytes(num_bytes: float) -> str:
@@ -25,9 +28,13 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_quantity(name: str, value: float) -> str:
-    """Return a value with the unit that its name says: `latency_s`, `memory_bytes`, `throughput_tokens_per_s`, `kv_bytes_per_token`."""
+    """Return a value with the unit that its name says: `latency_s`, `memory_bytes`, `throughput_tokens_per_s`, `kv_bytes_per_token`.
+
+    What stands behind a name ("latency_s on cpu-chat") is passed over; the scores `kl` and `lm_loss` are in nats.
+    """
     if not math.isfinite(value):
         return "none"
+    name = _PLACE.split(name)[0]
     if name.endswith("_tokens_per_s"):
         return f"{value:,.0f} tokens/s"
     if name.endswith("_bytes_per_token"):
@@ -36,6 +43,8 @@ def format_quantity(name: str, value: float) -> str:
         return format_bytes(value)
     if name.endswith("_s"):
         return format_seconds(value)
+    if name in ("kl", "lm_loss"):
+        return f"{value:.4g} nats"
     if name == "parameters":
         return f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.2f} M"
     return f"{value:g}" if value == int(value) else f"{value:.4g}"

@@ -13,7 +13,7 @@ from puzzle_dag.search.problem import Problem
 from puzzle_dag.search.solution import Solution
 from puzzle_dag.search.solve import prepare
 
-VERSION = 1
+VERSION = 2
 
 
 def answer_scenario(

@@ -32,7 +32,8 @@ class Candidates:
     architectures and the number of layers that an answer must differ from each in; `max_distinct` is how many different
     blocks it may have, and `near` an architecture and the number of layers that an answer may differ from it in at most. Candidate i is
     made of the `pieces` that `pieces_of[first_piece[i]:first_piece[i + 1]]` says. `known_sums` keeps what `amounts` has worked out, for the
-    bounds of a sweep differ while the sums stay.
+    bounds of a sweep differ while the sums stay. `structure` says in words what a scenario asks of the blocks, and `free` are all
+    candidates that there were before.
     """
 
     scores: "tuple[BlockScore, ...]"
@@ -46,6 +47,8 @@ class Candidates:
     different_from: tuple[tuple[Architecture, int], ...] = ()
     max_distinct: int | None = None
     near: tuple[Architecture, int] | None = None
+    structure: str = ""
+    free: "Candidates | None" = field(default=None, compare=False)
     known_sums: dict[tuple[str, str, str, int, int], Floats] = field(default_factory=dict, compare=False)
 
     @staticmethod
@@ -86,6 +89,10 @@ class Candidates:
             max_distinct=max_distinct,
             known_sums={},
         )
+
+    def without_structure(self) -> "Candidates":
+        """Return all candidates that there were before a structure was asked for."""
+        return self if self.free is None else self.free
 
     def differing(self, architecture: Architecture, num_layers: int) -> "Candidates":
         """Return the same candidates, with an answer that must differ from `architecture` in `num_layers` or more."""
@@ -202,17 +209,18 @@ class Candidates:
     def has_structure(self, chosen: Sequence[int]) -> bool:
         """Say whether a choice has few enough different blocks, and differs from others in as many layers as it must and may."""
         own = self.architecture(chosen)
-
-        def num_different(other: Architecture) -> int:
-            return sum(a != b for a, b in zip(own, other, strict=True))
-
         few = self.max_distinct is None or len(set(own)) <= self.max_distinct
-        close = self.near is None or num_different(self.near[0]) <= self.near[1]
-        return few and close and all(num_different(other) >= least for other, least in self.different_from)
+        close = self.near is None or num_different_layers(own, self.near[0]) <= self.near[1]
+        return few and close and all(num_different_layers(own, other) >= least for other, least in self.different_from)
 
     def exact_sum(self, costs: Floats, chosen: Sequence[int]) -> float:
         """Return the exact sum of chosen costs, rounded once."""
         return float(_exact(costs, chosen))
+
+
+def num_different_layers(one: Architecture, other: Architecture) -> int:
+    """Return in how many layers two architectures have another block."""
+    return sum(a != b for a, b in zip(one, other, strict=True))
 
 
 def block_names(score: "BlockScore") -> tuple[str, ...]:

@@ -1,172 +1,29 @@
-"""Libraries that someone else measured: layer -> variant -> nested numbers, searched with the same exact program.
+"""Libraries that someone else measured, read from their files and searched with the same exact program.
 
-Numbers are named by dotted paths ("metrics.kl_div", "stats.memory_mib"); a total is the sum over the layers. The
-layout is that of the Puzzle authors' own search; tables of (layer, variant, metric, value) rows work as well.
-
-A layer id "FIRST-LAST" of two other ids ("3-5", "layer_3-5", "layer_3-layer_5") is a run: its variants replace all
-layers from FIRST to LAST at once (a fused FFN, or nothing at all) and their numbers are those of the whole run. They
-compete with the single layers' variants in the same program.
+`search/foreign_candidates.py` says what a library is made of, and how runs of layers are written.
 """
 
 import csv
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from difflib import get_close_matches
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow.parquet as parquet
 
-from puzzle_dag.search.infeasible import explain_conflict
-from puzzle_dag.search.limits import ScenarioError, SumLimit, as_written
-from puzzle_dag.search.program import Floats, Item, Outcome, Program, Row
+from puzzle_dag.search.conflict import Feasibility, explain_conflict
+from puzzle_dag.search.foreign_candidates import ForeignCandidates, ForeignLibrary, ForeignLibraryError, ForeignLimit
+from puzzle_dag.search.limits import SIDES, as_written
+from puzzle_dag.search.program import GAP, Outcome
+from puzzle_dag.search.solution import Loosened
 from puzzle_dag.search.solver import minimise
+from puzzle_dag.search.step import moved_bound, spread_of, step_kinds, step_words
 
-ForeignLibrary = Mapping[str, Mapping[str, Mapping[str, Any]]]
-"""Layer -> variant -> numbers, nested or under dotted names."""
 _COLUMNS = ("layer", "variant", "metric", "value")
-
-
-class ForeignLibraryError(ScenarioError):
-    """A library, a metric's name or a number that can't be read."""
-
-
-ForeignLimit = SumLimit
-"""A bound of a metric's sum over the layers."""
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort "layer_2" before "layer_10"."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
-
-
-_RUN = re.compile(r"(.*\d)-(.*\d)")
-
-
-def _ends_of_run(name: str, library: ForeignLibrary) -> tuple[str, str] | None:
-    """Return the first and the last layer of a run's id ("3-5", "layer_3-5"), None for the id of a single layer.
-
-    Raises ForeignLibraryError where one of the two isn't there: then it's a run of which an end is missing.
-    """
-    match = _RUN.fullmatch(name)
-    if match is None:
-        return None
-    first, written = match[1], match[2]
-    prefix = first.rstrip("0123456789")
-    last = written if written in library else prefix + written
-    if (first in library) != (last in library):
-        missing = last if first in library else first
-        raise ForeignLibraryError(f"{name!r} reads as a run of layers, but there is no layer {missing!r}; add it, or rename {name!r}")
-    return (first, last) if first in library else None
-
-
-def _numbers(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a nested mapping by dotted path."""
-    flat: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            flat.update(_numbers(value, f"{prefix}{name}."))
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignCandidates:
-    """The variants of a foreign library, flat over the layers and the runs of layers.
-
-    `layers` are the ids of the single layers in order, `places` the id that each variant stands under: a layer's or a run's.
-    """
-
-    layers: tuple[str, ...]
-    variants: tuple[str, ...]
-    items: tuple[Item, ...]
-    numbers: tuple[Mapping[str, Any], ...]
-    places: tuple[str, ...] = ()
-    earlier: tuple[tuple[tuple[int, ...], int], ...] = field(default=())
-
-    @staticmethod
-    def of(library: ForeignLibrary) -> "ForeignCandidates":
-        """Flatten a library, layers in natural order. Raises ForeignLibraryError for a layer without variants."""
-        if not library:
-            raise ForeignLibraryError("the library has no layers; give layer -> variant -> numbers")
-        runs = {name: ends for name in library if (ends := _ends_of_run(name, library)) is not None}
-        layers = tuple(sorted((name for name in library if name not in runs), key=_natural))
-        covered: dict[str, tuple[int, ...]] = {name: (index,) for index, name in enumerate(layers)}
-        for name, (first, last) in runs.items():
-            if first in runs or last in runs or covered[first] >= covered[last]:
-                raise ForeignLibraryError(f"run {name!r} must go from one layer to a later one")
-            covered[name] = tuple(range(covered[first][0], covered[last][0] + 1))
-        found = ForeignCandidates(layers, (), (), ())
-        for place in sorted(library, key=lambda name: (covered[name][0], len(covered[name]))):
-            found = found._with_place(place, covered[place], library[place])
-        return found
-
-    def _with_place(self, place: str, layers: tuple[int, ...], variants: Any) -> "ForeignCandidates":
-        """Return the candidates with those of one layer or run. Raises ForeignLibraryError where they are none."""
-        if not isinstance(variants, Mapping) or not variants:
-            raise ForeignLibraryError(f"layer {place!r} has no variants; give variant -> numbers")
-        for variant, content in variants.items():
-            if not isinstance(content, Mapping):
-                raise ForeignLibraryError(f"layer {place!r}, variant {variant!r}: {content!r} is no mapping of names to numbers")
-        return replace(
-            self,
-            variants=(*self.variants, *variants),
-            items=(*self.items, *(Item(variant, layers) for variant in variants)),
-            numbers=(*self.numbers, *(_numbers(content) for content in variants.values())),
-            places=(*self.places, *(place for _ in variants)),
-        )
-
-    def exact(self, metric: str, item: int) -> Fraction:
-        """Return an item's number, as the decimal it was written as. Raises ForeignLibraryError."""
-        where = f"layer {self.places[item]!r}, variant {self.variants[item]!r}"
-        known = self.numbers[item]
-        if metric not in known:
-            near = get_close_matches(metric, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(sorted(known)) or 'none'}"
-            raise ForeignLibraryError(f"{where} has no number {metric!r}; {hint}")
-        value = known[metric]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-            raise ForeignLibraryError(f"{where}: {metric} is {value!r}; it must be a finite number")
-        return Fraction(value) if isinstance(value, int) else as_written(value)
-
-    def amounts(self, metric: str) -> Floats:
-        """Return every item's number."""
-        return np.array([float(self.exact(metric, i)) for i in range(len(self.items))])
-
-    def sums(self, limit: ForeignLimit) -> Floats:
-        """Return what each item adds to the sum behind a limit."""
-        return self.amounts(limit.name)
-
-    def total(self, limit: ForeignLimit, chosen: Sequence[int]) -> Fraction:
-        """Return the exact sum of chosen items."""
-        return sum((self.exact(limit.name, i) for i in chosen), Fraction(0))
-
-    def program(self, limits: Sequence[ForeignLimit]) -> Program:
-        """Return the program of these limits and of the difference from earlier choices."""
-        rows = []
-        for limit in limits:
-            lower = -np.inf if limit.at_least is None else float(limit.at_least)
-            upper = np.inf if limit.at_most is None else float(limit.at_most)
-            rows.append(Row(limit.name, self.sums(limit), lower, upper))
-        for chosen, least in self.earlier:
-            same = np.zeros(len(self.items))
-            same[list(chosen)] = [len(self.items[i].layers) for i in chosen]  # a run that is chosen again repeats all its layers
-            rows.append(Row("difference", same, upper=len(self.layers) - least))
-        return Program(len(self.layers), self.items, tuple(rows))
-
-    def meets(self, limits: Sequence[ForeignLimit]) -> Callable[[tuple[int, ...]], bool]:
-        """Return the exact check of a choice: the bounds, and that every layer is covered once."""
-
-        def is_met(chosen: tuple[int, ...]) -> bool:
-            covered = [layer for i in chosen for layer in self.items[i].layers]
-            return covered == list(range(len(self.layers))) and all(limit.is_met(self.total(limit, chosen)) for limit in limits)
-
-        return is_met
+_LOOSENED_SHARE = Fraction(5, 100)
 
 
 def read_foreign_library(path: Path) -> ForeignLibrary:
@@ -212,29 +69,55 @@ def _limits(at_most: Mapping[str, float], at_least: Mapping[str, float]) -> list
 
 
 def _answer(candidates: ForeignCandidates, minimize: str, limits: Sequence[ForeignLimit], outcome: Outcome) -> dict[str, Any]:
-    totals = {limit.name: float(candidates.total(limit, outcome.chosen)) for limit in limits}
-    objective = float(candidates.total(ForeignLimit(minimize), outcome.chosen))
-    bound = min(outcome.bound, objective)
+    """Return an answer: all of its keys always, None or empty where nothing was found."""
+    found = bool(outcome.chosen)
+    objective = float(candidates.total(ForeignLimit(minimize), outcome.chosen)) if found else None
+    bound = outcome.bound if math.isfinite(outcome.bound) else None
+    if objective is not None and bound is not None:
+        bound = min(bound, objective)
     return {
         "status": outcome.status,
         "objective": objective,
         "bound": bound,
-        "gap": (objective - bound) / (abs(objective) or 1.0),
+        "gap": None if objective is None or bound is None else (objective - bound) / (abs(objective) or 1.0),
         "seconds": outcome.seconds,
-        "costs": totals,
+        "costs": {limit.name: float(candidates.total(limit, outcome.chosen)) for limit in limits} if found else {},
         "choices": {candidates.places[i]: candidates.variants[i] for i in outcome.chosen},
     }
 
 
-def _infeasible(candidates: ForeignCandidates, limits: Sequence[ForeignLimit], outcome: Outcome) -> dict[str, Any]:
-    """Return the answer where nothing meets the bounds: what conflicts, and how near each of those can come."""
-    conflict, nearest = explain_conflict(candidates, limits)
+def _explanation(candidates: ForeignCandidates, limits: Sequence[ForeignLimit]) -> dict[str, Any]:
+    """Return why nothing meets the bounds: what conflicts, and how near each of those can come."""
+    conflict = explain_conflict(Feasibility(candidates), limits)
     return {
-        "status": outcome.status,
-        "seconds": outcome.seconds,
-        "conflicting": [limit.describe() for limit in conflict],
-        "nearest": {n.limit.name: {"value": n.value, "while_met": list(n.others)} for n in nearest},
+        "conflicting": [limit.describe() for limit in conflict.limits],
+        "nearest": {n.limit.name: {"value": n.value, "while_met": list(n.others)} for n in conflict.nearest},
     }
+
+
+def _loosen_each(
+    candidates: ForeignCandidates, minimize: str, limits: Sequence[ForeignLimit], objective: float, time_limit_s: float
+) -> list[dict[str, Any]]:
+    """Loosen each bound alone and solve again; return an entry (see `solution.Loosened`) a bound and step, the largest gain first."""
+    costs, found = candidates.amounts(minimize), list[Loosened]()
+    bounds = [(index, side) for index, limit in enumerate(limits) for side in SIDES if getattr(limit, side) is not None]
+    for index, side, kind in [(i, s, kind) for i, s in bounds for kind in step_kinds(limits[i], s)]:
+        before = limits[index]
+
+        def spread(limit: ForeignLimit = before) -> Fraction:
+            return spread_of(candidates.program(()), candidates.sums(limit))
+
+        after = before.with_bound(side, moved_bound(before, side, kind, _LOOSENED_SHARE, spread))
+        changed = [after if i == index else limit for i, limit in enumerate(limits)]
+        outcome = minimise(candidates.program(changed), costs, is_met=candidates.meets(changed), time_limit_s=time_limit_s)
+        # A time limit may leave less than what is known already, which is a choice of the loosened program, too.
+        reached = min(objective, float(candidates.total(ForeignLimit(minimize), outcome.chosen)) if outcome.chosen else objective)
+        bound, loosened = float(getattr(before, side)), float(getattr(after, side))
+        gain, change = objective - reached, abs(loosened - bound)
+        is_binding = gain > GAP * max(abs(objective), abs(reached))
+        step = step_words(kind, side, _LOOSENED_SHARE, change)
+        found.append(Loosened(before.name, side, bound, loosened, change, reached, gain, is_binding, step))
+    return [asdict(entry) for entry in sorted(found, key=lambda entry: -entry.gain)]
 
 
 def solve_foreign_library(
@@ -245,6 +128,7 @@ def solve_foreign_library(
     at_least: Mapping[str, float] | None = None,
     num_solutions: int = 1,
     min_different_layers: int = 1,
+    loosen: bool = False,
     time_limit_s: float = 600.0,
 ) -> dict[str, Any]:
     """Choose one variant a layer so that a metric's sum is least and the others stay within bounds, proven.
@@ -256,12 +140,14 @@ def solve_foreign_library(
         at_least: dotted name -> lower bound of its sum.
         num_solutions: how many answers: the best, the best that differs from it enough, and so on.
         min_different_layers: layers in which any two answers differ at least.
-        time_limit_s: for each answer.
+        loosen: also tell, of the best answer, what each bound 5 % looser would buy; a solve for each.
+        time_limit_s: for each program.
 
     Returns:
         JSON types: status ("optimal", "time_limit", "infeasible"), objective, bound, gap, seconds, costs (the bounded
-        metrics' sums) and choices (layer or run -> variant); with `num_solutions` above 1 a list of these under "solutions"
-        beside the status of the first. Where nothing meets the bounds: status, seconds, conflicting, nearest.
+        metrics' sums) and choices (layer or run -> variant), None or empty where no answer was found; with `num_solutions`
+        above 1 a list of these under "solutions" beside the status of the first. Where nothing meets the bounds also
+        conflicting and nearest. With `loosen` an answer also has loosening: a list of `solution.Loosened`, as JSON.
 
     Raises:
         ForeignLibraryError: a number that is missing or isn't one; the message names layer, variant and the nearest name.
@@ -278,8 +164,11 @@ def solve_foreign_library(
         outcome = minimise(searched.program(limits), costs, is_met=searched.meets(limits), time_limit_s=time_limit_s)
         if not outcome.chosen:
             if not answers:
-                return _infeasible(candidates, limits, outcome) if outcome.status == "infeasible" else {"status": outcome.status}
+                why = _explanation(candidates, limits) if outcome.status == "infeasible" else {}
+                return {**_answer(candidates, minimize, limits, outcome), **why, **({"solutions": []} if num_solutions > 1 else {})}
             break
         answers.append(_answer(candidates, minimize, limits, outcome))
         searched = replace(searched, earlier=(*searched.earlier, (outcome.chosen, min_different_layers)))
+    if loosen:
+        answers[0]["loosening"] = _loosen_each(candidates, minimize, limits, answers[0]["objective"], time_limit_s)
     return answers[0] if num_solutions == 1 else {"status": answers[0]["status"], "solutions": answers}

@@ -8,7 +8,8 @@ from typing import Any
 from puzzle_dag.config.foreign import ForeignScenario
 from puzzle_dag.config.reading import ConfigError, misfit
 from puzzle_dag.progress import Progress, silent
-from puzzle_dag.search.foreign import ForeignCandidates, ForeignLibrary, ForeignLibraryError, ForeignLimit, solve_foreign_library
+from puzzle_dag.search.foreign import solve_foreign_library
+from puzzle_dag.search.foreign_candidates import ForeignCandidates, ForeignLibrary, ForeignLibraryError, ForeignLimit
 from puzzle_dag.search.limits import as_written
 
 
@@ -120,6 +121,8 @@ def check_foreign_scenario(scenario: ForeignScenario, library: ForeignLibrary, *
 def solve_foreign_scenario(library: ForeignLibrary, scenario: ForeignScenario) -> list[dict[str, Any]]:
     """Return the scenario's answers, best first, each as `solve_foreign_library` gives it; fewer where no more differ enough.
 
+    The first one has "loosening", too.
+
     Raises:
         ForeignInfeasibleError: nothing meets the constraints.
         ForeignLibraryError: a number is missing.
@@ -131,9 +134,10 @@ def solve_foreign_scenario(library: ForeignLibrary, scenario: ForeignScenario) -
         at_least={name: b.at_least for name, b in scenario.constraints.items() if b.at_least is not None},
         num_solutions=scenario.num_solutions,
         min_different_layers=scenario.min_different_layers,
+        loosen=True,
     )
     answers: list[dict[str, Any]] = answer.get("solutions", [answer])
-    if "choices" in answers[0]:
+    if answer["status"] != "infeasible" and answers and answers[0]["choices"]:
         return answers
     if answer["status"] != "infeasible":
         raise ForeignLibraryError(f"scenario {scenario.name}: no answer within the time limit; the solver says {answer['status']}")
@@ -213,7 +217,7 @@ def sweep_foreign_library(
         # The least sum is exact and must not be missed by the rounding of the steps.
         bound = least if done == 0 else most if done == num_points - 1 else least + (most - least) * done / (num_points - 1)
         answer = solve_foreign_library(library, minimize=minimize, at_most={metric: bound})
-        if "choices" in answer:
+        if answer["choices"]:
             points.append((float(total_of(library, answer["choices"], metric)), float(answer["objective"])))
         progress(done + 1, num_points, "points")
     return sorted(set(points))

@@ -11,9 +11,8 @@ from puzzle_dag.config import Bound, ConstraintName, Scenario
 from puzzle_dag.piece_costs import PieceCosts
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.search.candidates import ScoreTable
-from puzzle_dag.search.infeasible import InfeasibleScenarioError
 from puzzle_dag.search.limits import ScenarioError, make_measure, target_costs
-from puzzle_dag.search.problem import Memory, Problem, keep_point, solve_points
+from puzzle_dag.search.problem import Memory, Problem, is_met, keep_point, solve_points
 from puzzle_dag.search.solution import Solution
 from puzzle_dag.search.solve import build_solution, describe_architecture, prepare
 
@@ -86,7 +85,7 @@ def sweep(
 
     Returns:
         The parent, then one point for each value that can be met, in the order of `values`. A value that can't be
-        met gives no point; a log line says why.
+        met gives no point; a log line says so.
 
     Raises:
         ScenarioError: as `solve_scenario`, or the scenario does not bound the constraint on one side.
@@ -96,10 +95,9 @@ def sweep(
     memory = Memory()
     for done, value in enumerate(values, start=1):
         start, problem = time.monotonic(), Problem.of(with_bound(scenario, constraint, value), candidates, costs)
-        try:
-            outcomes = solve_points(problem, time_limit_s=time_limit_s, memory=memory, only_best=True)
-        except InfeasibleScenarioError as error:
-            _log.info("%s, %s %g: %s", scenario.name, constraint, value, error)
+        outcomes = solve_points(problem, time_limit_s=time_limit_s, memory=memory, only_best=True)
+        if not is_met(outcomes):
+            _log.info("%s: no architecture meets %s %g", scenario.name, constraint, value)
         else:
             solution = build_solution(problem, outcomes, keep_point(problem, outcomes), seconds=time.monotonic() - start)
             points.append(FrontierPoint(value, solution.objective, solution.batch, solution.predicted, solution))

@@ -7,11 +7,10 @@ from dataclasses import replace
 from puzzle_dag.config import Scenario
 from puzzle_dag.piece_costs import PieceCosts
 from puzzle_dag.search.candidates import Candidates
-from puzzle_dag.search.infeasible import InfeasibleScenarioError
 from puzzle_dag.search.limits import ScenarioError
-from puzzle_dag.search.problem import Problem
+from puzzle_dag.search.problem import Problem, explain_problem
 from puzzle_dag.search.solution import Solution
-from puzzle_dag.search.solve import solve_problem
+from puzzle_dag.search.solve import find_solution
 
 
 def solve_pool(
@@ -36,11 +35,11 @@ def solve_pool(
     start, solutions = time.monotonic(), list[Solution]()
     problem = Problem.of(scenario, candidates, costs)
     while len(solutions) < scenario.pool.num_solutions:
-        try:
-            solutions.append(solve_problem(problem, time_limit_s=time_limit_s))
-        except InfeasibleScenarioError:
-            if not solutions:
-                raise
+        found = find_solution(problem, time_limit_s=time_limit_s)
+        if found is None:
             break
-        problem = replace(problem, candidates=problem.candidates.differing(solutions[-1].architecture, least))
+        solutions.append(found)
+        problem = replace(problem, candidates=problem.candidates.differing(found.architecture, least))
+    if not solutions:
+        raise explain_problem(problem)
     return [replace(solutions[0], seconds=time.monotonic() - start), *solutions[1:]] if len(solutions) > 1 else solutions

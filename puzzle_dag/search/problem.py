@@ -125,8 +125,11 @@ def solve_points(problem: Problem, *, time_limit_s: float = 600.0, memory: Memor
         only_best: whether points that are proven to be worse than another may end as "worse", without a choice. Summed
             scores alone compare like that; where a quantity is optimised, every point is solved.
 
+    Returns:
+        How each point ended. Where none can be met no outcome has a choice, and `explain_problem` says why: that takes many
+        solves, so it is left to those who tell somebody.
+
     Raises:
-        InfeasibleScenarioError: no point can be met.
         SolverError: nothing was found, and time ran out somewhere.
     """
     memory, name = Memory() if memory is None else memory, problem.scenario.name
@@ -149,12 +152,17 @@ def solve_points(problem: Problem, *, time_limit_s: float = 600.0, memory: Memor
         if only_best and outcome.chosen:
             best = min(best, outcome.objective)
     ordered = [outcomes[i] for i in range(len(problem.points))]
-    if not any(outcome.chosen for outcome in ordered):
+    if not is_met(ordered):
         if any(outcome.status == "time_limit" for outcome in ordered):
             raise SolverError(f"scenario {name}: nothing found in {time_limit_s:g} s; raise the time limit or loosen a constraint")
-        raise explain_problem(problem)
+        return ordered
     memory.problem, memory.outcomes = problem, ordered
     return ordered
+
+
+def is_met(outcomes: Sequence[Outcome]) -> bool:
+    """Say whether any point has a choice."""
+    return any(outcome.chosen for outcome in outcomes)
 
 
 def explain_problem(problem: Problem) -> InfeasibleScenarioError:

@@ -88,6 +88,7 @@ class Loosened:
         bound: in the constraint's own unit, a relative bound resolved.
         loosened: what it was set to.
         change: by how much it was loosened.
+        step: the same in words: "5 % more", "1 GiB more", "1 layer more".
         value: what the objective reaches then.
         gain: by how much that is better; 0 where the bound doesn't bind.
         is_binding: whether loosening the bound buys anything beyond the proven gap.
@@ -101,6 +102,7 @@ class Loosened:
     value: float
     gain: float
     is_binding: bool
+    step: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from puzzle_dag.search.candidates import Candidates, ScoreTable, placed_digests
 from puzzle_dag.search.infeasible import InfeasibleScenarioError
 from puzzle_dag.search.limits import Limit, ScenarioError, all_measures, make_measure
 from puzzle_dag.search.points import Point
-from puzzle_dag.search.problem import Problem, keep_point, solve_points
+from puzzle_dag.search.problem import Problem, explain_problem, is_met, keep_point, solve_points
 from puzzle_dag.search.program import GAP, Outcome
 from puzzle_dag.search.solution import BatchOutcome, BudgetReport, Choice, LimitReport, Solution
 from puzzle_dag.search.structure import Structure
@@ -135,6 +135,20 @@ def prepare(
     An earlier scenario is solved from the same scores and costs, so its answer here is its answer of today, whatever
     was materialised and when. Arguments and errors as `solve_scenario`.
     """
+    others = earlier_answers(scores, costs, scenario, parent_block, earlier=earlier)
+    candidates = Candidates.of(scores, parent_block)
+    return Structure.of(scenario.structure, candidates, others).apply(candidates)
+
+
+def earlier_answers(
+    scores: ScoreTable,
+    costs: Mapping[str, PieceCosts],
+    scenario: Scenario,
+    parent_block: Block,
+    *,
+    earlier: Mapping[str, Scenario] | None = None,
+) -> tuple[Architecture, ...]:
+    """Return the answers of today that a scenario must differ from. Arguments and errors as `solve_scenario`."""
     found = []
     for name in scenario.structure.different_from:
         if name not in (earlier or {}):
@@ -143,8 +157,7 @@ def prepare(
             found.append(solve_scenario(scores, costs, (earlier or {})[name], parent_block, earlier=earlier).architecture)
         except ScenarioError as error:
             raise ScenarioError(f"scenario {scenario.name} must differ from scenario {name}, which has no answer: {error}") from error
-    candidates = Candidates.of(scores, parent_block)
-    return Structure.of(scenario.structure, candidates, tuple(found)).apply(candidates)
+    return tuple(found)
 
 
 def solve_scenario(
@@ -192,8 +205,18 @@ def solve_candidates(
 
 def solve_problem(problem: Problem, *, time_limit_s: float = 600.0) -> Solution:
     """Solve as `solve_scenario` does, with limits that were resolved before."""
+    solution = find_solution(problem, time_limit_s=time_limit_s)
+    if solution is None:
+        raise explain_problem(problem)
+    return solution
+
+
+def find_solution(problem: Problem, *, time_limit_s: float = 600.0) -> Solution | None:
+    """Solve as `solve_problem` does; return None where nothing meets the constraints, without looking for the reason."""
     start = time.monotonic()
     outcomes = solve_points(problem, time_limit_s=time_limit_s)
+    if not is_met(outcomes):
+        return None
     solution = build_solution(problem, outcomes, keep_point(problem, outcomes), seconds=time.monotonic() - start)
     _log.info("%s: %s, %d programs in %.2f s", solution.scenario, solution.status, len(outcomes), solution.seconds)
     return solution

@@ -2,7 +2,8 @@
 
 What bounds don't change is worked out once: which items are dominated, the columns, and the linear relaxation with its
 last basis. Items whose reduced cost there shows that no solution as good as the one found can hold them are left
-out of the integer program, which is exact; the bound that is returned accounts for them.
+out of the integer program, which is exact; the bound that is returned accounts for them. That integer program is built
+anew and searched from the start in each solve.
 """
 
 import time
@@ -86,6 +87,7 @@ class Solver:
         *,
         is_met: Callable[[tuple[int, ...]], bool] = lambda chosen: True,
         worse_than: float = np.inf,
+        any_choice: bool = False,
         time_limit_s: float = 600.0,
     ) -> Outcome:
         """Find the items of least total cost, proven within a relative gap of 1e-6.
@@ -95,6 +97,7 @@ class Solver:
             is_met: re-checks a choice in exact arithmetic. The solver knows the rows up to a tolerance of 1e-9; a choice
                 that breaks one by less is cut off and the next best is found.
             worse_than: where nothing costs as little as this, the status is "worse" and no choice is looked for.
+            any_choice: whether the first choice that is found will do; its status is "feasible", and it tends to cost little.
             time_limit_s: when to stop; the best choice so far is returned with the status "time_limit".
 
         Raises:
@@ -102,7 +105,7 @@ class Solver:
         """
         start, solver = time.monotonic(), self
         for _ in range(_MOST_EXACT_CUTS):
-            outcome = solver._search(program, worse_than, start + time_limit_s)
+            outcome = solver._search(program, worse_than, any_choice, start + time_limit_s)
             if not outcome.chosen or is_met(outcome.chosen):
                 objective = float(sum(self._costs[i] for i in outcome.chosen)) if outcome.chosen else np.nan
                 bound = min(outcome.bound, objective) if outcome.chosen else outcome.bound
@@ -127,7 +130,7 @@ class Solver:
         bound = self._relaxation.getInfo().objective_function_value * self._scale + self._base if state == "optimal" else np.nan
         return Outcome(state, bound=bound)
 
-    def _search(self, program: Program, worse_than: float, deadline_s: float) -> Outcome:
+    def _search(self, program: Program, worse_than: float, any_choice: bool, deadline_s: float) -> Outcome:
         """Solve in floating point."""
         relaxed = self._relax(program, deadline_s)
         if relaxed.status != "optimal":
@@ -147,9 +150,13 @@ class Solver:
             solver = _start(matrix.model(part, self._shifted / unit, integer=True))
             if known and not matrix.names:
                 solver.setSolution(_solution(part, known))
+            if any_choice:
+                solver.setOptionValue("mip_max_improving_sols", 1)
             _run(solver, deadline_s)
             state, info = _state(solver), solver.getInfo()
             found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+            if any_choice and found:
+                return Outcome("feasible", _chosen(solver, part, program), bound=least + base)
             if state == "time_limit":
                 return Outcome(state, _chosen(solver, part, program) if found else (), bound=least + base)
             if state == "infeasible" and len(part) == len(kept):
@@ -170,10 +177,11 @@ def minimise(
     costs: Floats,
     *,
     is_met: Callable[[tuple[int, ...]], bool] = lambda chosen: True,
+    any_choice: bool = False,
     time_limit_s: float = 600.0,
 ) -> Outcome:
     """Find the items of least total cost of a program that is solved once. Arguments and errors as `Solver` and its `solve`."""
-    return Solver(program, costs).solve(program, is_met=is_met, time_limit_s=time_limit_s)
+    return Solver(program, costs).solve(program, is_met=is_met, any_choice=any_choice, time_limit_s=time_limit_s)
 
 
 def least_total(program: Program, costs: Floats) -> float:
@@ -195,7 +203,7 @@ def _run(solver: highspy.Highs, deadline_s: float) -> None:
     solver.run()
 
 
-def _state(solver: highspy.Highs) -> Literal["optimal", "infeasible", "time_limit"]:
+def _state(solver: highspy.Highs) -> Literal["optimal", "infeasible", "time_limit", "feasible"]:
     status, known = solver.getModelStatus(), highspy.HighsModelStatus
     if status == known.kOptimal:
         return "optimal"
@@ -203,6 +211,8 @@ def _state(solver: highspy.Highs) -> Literal["optimal", "infeasible", "time_limi
         return "infeasible"
     if status == known.kTimeLimit:
         return "time_limit"
+    if status == known.kSolutionLimit:
+        return "feasible"
     raise SolverError(f"HiGHS ended with {solver.modelStatusToString(status)!r}")
 
 

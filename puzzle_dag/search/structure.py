@@ -1,12 +1,12 @@
 """What an architecture must look like, whatever it costs: fixed or forbidden blocks, sameness, difference."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 from puzzle_dag.architecture import Architecture
 from puzzle_dag.config import StructureSettings
-from puzzle_dag.search.candidates import Candidates
+from puzzle_dag.search.candidates import Candidates, num_different_layers
 from puzzle_dag.search.limits import ScenarioError
 
 
@@ -65,6 +65,33 @@ class Structure:
         forbidden = (*self.forbidden.get(None, ()), *self.forbidden.get(layer, ()))
         return not any(fnmatchcase(block, pattern) for pattern in forbidden)
 
+    @property
+    def words(self) -> str:
+        """All that is asked, e.g. "layer 0 kv8/w768, no noop/noop, the same block in every layer"; empty where nothing is."""
+        asked = [f"layer {layer} {pattern}" for layer, pattern in self.fixed.items()]
+        for layer, patterns in self.forbidden.items():
+            asked += [f"no {pattern}" + ("" if layer is None else f" in layer {layer}") for pattern in patterns]
+        if self.homogeneous:
+            asked.append("the same block in every layer")
+        if self.max_distinct is not None:
+            asked.append(f"at most {self.max_distinct} different blocks")
+        asked += [f"{self.min_different_layers} layers or more different from another answer" for _ in self.different_from]
+        return ", ".join(asked)
+
+    def broken_by(self, architecture: Architecture) -> list[str]:
+        """Return what an architecture has that isn't allowed, in words; nothing where it is as asked."""
+        names = [block.name for block in architecture]
+        ruled_out = [(layer, name) for layer, name in enumerate(names) if not self.allows(layer, name)]
+        wrong = [f"layer {layer} has {name}, which `fixed` or `forbidden` rules out" for layer, name in ruled_out]
+        most = 1 if self.homogeneous else self.max_distinct
+        if most is not None and len(set(names)) > most:
+            wrong.append(f"{len(set(names))} different blocks where {most} may be")
+        for other in self.different_from:
+            num_different = num_different_layers(architecture, other)
+            if num_different < self.min_different_layers:
+                wrong.append(f"{num_different} layers differ from an answer that {self.min_different_layers} must differ from")
+        return wrong
+
     def apply(self, candidates: Candidates) -> Candidates:
         """Return the candidates that this structure leaves, its counts and differences with them.
 
@@ -88,4 +115,4 @@ class Structure:
         restricted = candidates.restricted(kept, max_distinct=1 if self.homogeneous else self.max_distinct)
         for architecture in self.different_from:
             restricted = restricted.differing(architecture, self.min_different_layers)
-        return restricted
+        return replace(restricted, structure=self.words, free=candidates)

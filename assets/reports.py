@@ -221,12 +221,11 @@ def _pictures(workspace: Workspace) -> list[Picture]:
 
 def frontier_pictures(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Return quality against speed, memory and latency, as measured, by name."""
+    parent = "(parent at the same target and batch size = 1)"
     return {
-        "quality_against_speed": frontier(frontier_points(rows), x="throughput (parent = 1)", y=_RETENTION),
-        "quality_against_memory": frontier(
-            ratio_points(rows, "measured_memory_ratio"), x="weights and KV cache (parent = 1)", y=_RETENTION
-        ),
-        "quality_against_latency": frontier(ratio_points(rows, "measured_latency_ratio"), x="latency (parent = 1)", y=_RETENTION),
+        "quality_against_speed": frontier(frontier_points(rows), x=f"throughput {parent}", y=_RETENTION),
+        "quality_against_memory": frontier(ratio_points(rows, "measured_memory_ratio"), x=f"weights and KV cache {parent}", y=_RETENTION),
+        "quality_against_latency": frontier(ratio_points(rows, "measured_latency_ratio"), x=f"latency {parent}", y=_RETENTION),
     }
 
 
@@ -277,9 +276,7 @@ def write_reports(
         results=results,
         stages=stages,
         frontiers=against,
-        predicted=[
-            Picture(png, name.replace("_", " ")) for name, png in predicted_pictures(foreseen.value["rows"] if foreseen else ()).items()
-        ],
+        predicted=list(predicted_pictures(foreseen.value["rows"] if foreseen else ()).values()),
         machine=machine,
         pictures=_pictures(workspace) if all(records) else (),
         pages=[(f.name, f"{f.name}.html") for f in facts],

@@ -195,12 +195,17 @@ def watch_cost_table(plan: Plan, workspace: Workspace, _: str | None = None) -> 
 
 
 def watch_predicted_frontier(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
-    """Return what the search chose for each scenario as it is today, and at which batch size; not how long it took."""
+    """Return what the search chose for each scenario as it is today, at which batch size, and what a refinement made of it.
+
+    Not how long it took: that is no other frontier.
+    """
     found = {}
     for name in workspace.read_profile().scenarios:
-        spec, solved = workspace.shelf.find("scenario_spec", name), workspace.shelf.find("solution", name)
-        if spec is not None and solved is not None and solved.value["scenario_spec"] == fingerprint(spec.value):
-            found[name] = [solved.data_version, solved.value["solution"]["batch"]]
+        spec = workspace.shelf.find("scenario_spec", name)
+        records = [workspace.shelf.find(asset, name) for asset in dict.fromkeys(("solution", plan.chosen))]
+        of_today = [r for r in records if r is not None and spec is not None and r.value["scenario_spec"] == fingerprint(spec.value)]
+        if of_today:
+            found[name] = [part for r in of_today for part in (r.data_version, r.value["solution"]["batch"])]
     return found
 
 

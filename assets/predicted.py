@@ -66,9 +66,7 @@ def _predict(plan: Plan, workspace: Workspace) -> list[dict[str, Any]]:
         own = {name: s for name, s in children.items() if s.target == target}
         # Of a scenario whose refinement failed there is no child, only what the search found.
         other = {n: s for n, s in searched.items() if s.target == target and (n not in own or own[n].digest != s.digest)}
-        found = predict_frontier(
-            scores, costs[target], parent_block(plan), own, searched=other, progress=ProgressLog(f"frontier {target}")
-        )
+        found = predict_frontier(scores, costs[target], parent_block(plan), own, searched=other, progress=ProgressLog(f"frontier {target}"))
         rows += [asdict(p) for p in found]
     return rows
 

@@ -5,7 +5,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 
 - `cost_variants` hangs on every layer's space, but only on their union.
 - `run_scores` of a layer are those of the runs that begin at it, and `task_scores` grades these, too; no other run makes them stale.
-- `block_costs` may be analytic only where a scenario of its target says so, and nobody measured it.
+- `block_costs` may be analytic only where a scenario that its target is one of the targets of says so, and nobody measured it.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `block_costs` takes what was imported for a target that this machine can't measure.
 - `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.
@@ -120,7 +120,7 @@ def watch_block_costs(plan: Plan, workspace: Workspace, partition: str | None) -
 def _has_to_be_analytic(workspace: Workspace, partition: str) -> bool:
     """Say whether a scenario accepts analytic costs of a target, and nobody measured the target of today."""
     scenarios = [workspace.read_scenario(name) for name in workspace.read_profile().scenarios]
-    if not any(s.target == partition and s.costs == "analytic" for s in scenarios):
+    if not any(partition in s.targets and s.costs == "analytic" for s in scenarios):
         return False
     from puzzle_dag.costs.obtain import is_measurable
 

@@ -18,8 +18,8 @@ class ConstraintFact:
     """Name of the constrained quantity, e.g. "throughput_tokens_per_s"."""
     bound: str
     """The bound in words: "at least 1.5 x parent"."""
-    limit: float
-    """The bound's value."""
+    limits: Sequence[float]
+    """The bound's value, or the lower and the upper one."""
     parent: float
     """The parent's value."""
     predicted: float
@@ -143,8 +143,7 @@ def render_scenario(facts: ScenarioFacts, *, footer: str = "") -> str:
 
 def _asked(facts: ScenarioFacts) -> Section:
     rows = [
-        (c.name, c.bound, format_quantity(c.name, c.limit), format_quantity(c.name, c.parent), format_quantity(c.name, c.predicted))
-        for c in facts.constraints
+        (c.name, c.bound, _limits(c), format_quantity(c.name, c.parent), format_quantity(c.name, c.predicted)) for c in facts.constraints
     ]
     tables = [Table(("constraint", "asked for", "limit", "parent", "child, predicted"), rows)] if rows else []
     if facts.solver:
@@ -153,6 +152,11 @@ def _asked(facts: ScenarioFacts) -> Section:
     if facts.loosened:
         tables.append(_loosened(facts))
     return Section("What was asked for", tables=tables)
+
+
+def _limits(fact: ConstraintFact) -> str:
+    """Return "1,500 tokens/s", or "100 ms to 200 ms"."""
+    return " to ".join(dict.fromkeys(format_quantity(fact.name, limit) for limit in fact.limits))
 
 
 def _loosened(facts: ScenarioFacts) -> Table:
@@ -178,9 +182,7 @@ def _loosened(facts: ScenarioFacts) -> Table:
 def _architecture(facts: ScenarioFacts) -> Section:
     if not facts.blocks:
         return Section("The child")
-    png = architecture_map(
-        facts.blocks, attentions=facts.attentions, ffns=facts.ffns, parent_block=facts.parent_block, runs=facts.runs
-    )
+    png = architecture_map(facts.blocks, attentions=facts.attentions, ffns=facts.ffns, parent_block=facts.parent_block, runs=facts.runs)
     return Section("The child", pictures=[Picture(png, "which attention and which FFN every layer took")])
 
 

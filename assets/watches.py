@@ -118,7 +118,7 @@ def watch_block_costs(plan: Plan, workspace: Workspace, partition: str | None) -
 
 
 def _has_to_be_analytic(workspace: Workspace, partition: str) -> bool:
-    """Say whether a scenario accepts analytic costs of a target, and nobody measured the target of today."""
+    """Say whether a scenario accepts analytic costs of a target that nobody measured; asked where no costs of it are imported."""
     scenarios = [workspace.read_scenario(name) for name in workspace.read_profile().scenarios]
     if not any(partition in s.targets and s.costs == "analytic" for s in scenarios):
         return False
@@ -126,7 +126,8 @@ def _has_to_be_analytic(workspace: Workspace, partition: str) -> bool:
 
     record, target = workspace.shelf.find("block_costs", partition), workspace.read_target(partition)
     of_today = record is not None and record.value["target_spec"] == fingerprint(target.model_dump(mode="json"))
-    measured = of_today and record is not None and record.value.get("source", "measured") != "analytic"
+    # Imported costs on record are of an import that is gone.
+    measured = of_today and record is not None and record.value.get("source", "measured") == "measured"
     return not (measured or is_measurable(target))
 
 

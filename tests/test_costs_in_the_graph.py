@@ -211,8 +211,8 @@ def test_imported_costs_are_called_imported_wherever_they_are_told_of(project: P
     assert "<td>imported</td>" in page and "<td>analytic</td>" not in page
     assert check_metadata(project, GPU)["description"].startswith("Nothing was checked: the costs are imported")
     shutil.rmtree(project.workspace.store.root / IMPORT_KIND)
-    assert f"block_costs[{GPU}]" in project.refresh().ran
-    assert ask(project, f"SELECT costs FROM solutions WHERE scenario = '{ESTIMATED}'") == [("analytic",)]
+    assert f"block_costs[{GPU}]" in project.refresh(select=SEARCH).ran
+    assert project.workspace.shelf.value("solution", ESTIMATED)["solution"]["notes"]["costs"] == "analytic"
 
 
 def test_the_machine_at_hand_is_measured_and_never_estimated(project: Project) -> None:

@@ -10,6 +10,7 @@ from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
 from assets.watches import watch_block_costs
 from puzzle_dag.architecture import FFN, Architecture, Attention, Block
+from puzzle_dag.costs.accelerators import ACCELERATORS
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
@@ -53,6 +54,7 @@ def _metadata(costs: "CostTable", comparisons: "list[Comparison]") -> dict[str, 
     shown = {
         "source": costs.source,
         **provenance_metadata(costs),
+        **({"published_peaks": ACCELERATORS[costs.target.hardware].source} if costs.source == "analytic" else {}),
         "num_engines": costs.num_engines,
         "hardware": costs.rows[0].hardware,
         "engine_version": costs.rows[0].engine_version,

@@ -4,7 +4,7 @@ A chain counts only as far as it hangs together: the grades of a former child ar
 says which digest it was made from, so that is checked here and not believed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -135,22 +135,35 @@ def result_row(workspace: Workspace, chain: Chain) -> dict[str, Any]:
     }
 
 
-def frontier_points(rows: list[dict[str, Any]]) -> "list[FrontierPoint]":
+def _point_names(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return what stands beside each child: the scenario, with target and batch size where those of the others are not the same."""
+    told = {key: len({r[key] for r in rows}) > 1 for key in ("target", "batch")}
+    names = []
+    for row in rows:
+        place = [row["target"]] * told["target"] + [f"batch {row['batch']}"] * told["batch"]
+        names.append(f"{row['scenario']} ({', '.join(place)})" if place else row["scenario"])
+    return names
+
+
+def frontier_points(rows: Sequence[Mapping[str, Any]]) -> "list[FrontierPoint]":
     """Return the parent and the children that were served and graded, speed-up against retention."""
     from puzzle_dag.report.pictures import FrontierPoint
 
+    known = [r for r in rows if r["measured_speedup"] is not None and r["retention"] is not None]
     points = [FrontierPoint("parent", 1.0, 1.0, "parent")]
-    for row in rows:
-        if row["measured_speedup"] is not None and row["retention"] is not None:
-            half = (row["speedup_high"] - row["speedup_low"]) / 2
-            points.append(FrontierPoint(row["scenario"], row["measured_speedup"], row["retention"], "child", half, row["retention_stderr"]))
+    for name, row in zip(_point_names(known), known, strict=True):
+        half = (row["speedup_high"] - row["speedup_low"]) / 2
+        points.append(FrontierPoint(name, row["measured_speedup"], row["retention"], "child", half, row["retention_stderr"]))
     return points
 
 
-def ratio_points(rows: list[dict[str, Any]], ratio: str) -> "list[FrontierPoint]":
+def ratio_points(rows: Sequence[Mapping[str, Any]], ratio: str) -> "list[FrontierPoint]":
     """Return the parent and the graded children, a measured ratio to the parent ("measured_memory_ratio") against retention."""
     from puzzle_dag.report.pictures import FrontierPoint
 
     known = [r for r in rows if r[ratio] is not None and r["retention"] is not None]
-    children = [FrontierPoint(r["scenario"], r[ratio], r["retention"], "child", 0.0, r["retention_stderr"]) for r in known]
+    children = [
+        FrontierPoint(name, r[ratio], r["retention"], "child", 0.0, r["retention_stderr"])
+        for name, r in zip(_point_names(known), known, strict=True)
+    ]
     return [FrontierPoint("parent", 1.0, 1.0, "parent"), *children]

@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
@@ -19,6 +19,9 @@ from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import fingerprint, write_atomically
 from resources.rows import write_rows
 from resources.workspace import Workspace
+
+if TYPE_CHECKING:
+    from puzzle_dag.children.retention import MeanRetention, Retention
 
 _GRADING = ["puzzle_dag.children.evaluate", "puzzle_dag.children.tasks", "puzzle_dag.children.retention"]
 _SERVING = ["puzzle_dag.children.serve"]
@@ -88,6 +91,22 @@ def _parent_accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     return parent_accuracy
 
 
+def retention_metadata(scenario: str, kept: "list[Retention]", mean: "MeanRetention", floor: float) -> dict[str, Any]:
+    """Return what the UI shows of a child's grades; there are bars where the parent is better than chance at a task."""
+    from puzzle_dag.report.pictures import retention_bars
+
+    shown = ("task", "parent", "child", "chance", "raw", "corrected", "corrected_stderr")
+    metadata: dict[str, Any] = {
+        "mean_retention": mean.value if mean.value is not None else "undefined: the parent is no better than chance",
+        "mean_retention_stderr": mean.stderr if mean.stderr is not None else "undefined",
+        "retention": table([{k: getattr(r, k) for k in shown} for r in kept]),
+    }
+    bars = {r.task: (r.corrected, r.corrected_stderr or 0.0) for r in kept if r.corrected is not None}
+    if bars:
+        metadata["picture"] = picture(retention_bars(bars, floor=floor, title=scenario), "retention")
+    return metadata
+
+
 def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     settings = {"accuracy": plan.profile.accuracy.model_dump(), "seed": plan.profile.seed}
 
@@ -106,7 +125,6 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     def accuracy(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         from puzzle_dag.children.evaluate import TaskResult
         from puzzle_dag.children.retention import mean_retention, retention
-        from puzzle_dag.report.pictures import retention_bars
 
         time, child = Stopwatch(), workspace.shelf.value("uptrained_child", context.partition_key)
         checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
@@ -114,7 +132,6 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
         parent = [TaskResult(**r) for r in json.loads((workspace.var / "grades" / "parent.json").read_text())]
         kept = retention(parent, results)
         mean, rows = mean_retention(kept), [{"scenario": context.partition_key, **asdict(r)} for r in kept]
-        bars = {r.task: (r.corrected, r.corrected_stderr or 0.0) for r in kept if r.corrected is not None}
         floor = workspace.read_scenario(context.partition_key).retention_floor
         value = {"uptrained_child": child["digest"], "results": _result_rows(results), "retention": rows, "mean": asdict(mean)}
         return materialised(
@@ -123,14 +140,7 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
             workspace,
             value,
             files=[write_rows(workspace.tables / "accuracy" / f"{context.partition_key}.parquet", rows)],
-            metadata={
-                "mean_retention": mean.value if mean.value is not None else "undefined: the parent is no better than chance",
-                "mean_retention_stderr": mean.stderr if mean.stderr is not None else "undefined",
-                "retention": table(
-                    [{k: r[k] for k in ("task", "parent", "child", "chance", "raw", "corrected", "corrected_stderr")} for r in rows]
-                ),
-                **({"picture": picture(retention_bars(bars, floor=floor, title=context.partition_key), "retention")} if bars else {}),
-            },
+            metadata=retention_metadata(context.partition_key, kept, mean, floor),
             time=time,
         )
 

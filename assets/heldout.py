@@ -12,8 +12,12 @@ from resources.rows import read_rows
 from resources.workspace import Workspace
 
 
-def _skipped(why: str) -> dg.AssetCheckResult:
-    return dg.AssetCheckResult(passed=True, severity=dg.AssetCheckSeverity.WARN, metadata={"checked": False, "why_not": why})
+def _not_checked(why: str, fix: str) -> dg.AssetCheckResult:
+    """Return the result of a check that wasn't done. It passes, for nothing is known to be wrong, and says so before all else."""
+    words = f"Nothing was checked: {why}. {fix}."
+    return dg.AssetCheckResult(
+        passed=True, severity=dg.AssetCheckSeverity.WARN, description=words, metadata={"not_checked": words, "checked": False}
+    )
 
 
 def _rows(verdicts: list[Any]) -> list[dict[str, Any]]:
@@ -32,14 +36,21 @@ def heldout_is_predicted(plan: Plan) -> Callable[[dg.AssetCheckExecutionContext,
 
         target = workspace.target_of(workspace.shelf.value("target_spec", context.partition_key))
         source = workspace.shelf.value("block_costs", context.partition_key).get("source", "measured")
+        ask = f"set `heldout_models: {ENOUGH_MODELS}` in conf/targets/{target.name}.yaml"
         if source != "measured":
-            return _skipped(f"the costs are {source}; there are no engines of this machine to hold them against")
+            return _not_checked(
+                f"the costs are {source}, and this machine has no engine to hold them against",
+                f"To have them checked, {ask} and refresh on a machine with {target.hardware}",
+            )
         if target.heldout_models == 0:
-            return _skipped("the target's `heldout_models` is 0; set it to 8 or more to have the costs checked")
+            return _not_checked("`heldout_models` of the target is 0", f"To have the costs checked, {ask}, and refresh")
         found = read_rows(workspace.tables / "predictions" / f"{target.name}.parquet")
         verdicts = judge(Comparison(**r) for r in found)
         if not verdicts:
-            return _skipped("the search space has no model that is no probe")
+            return _not_checked(
+                "every model of the search space is a probe",
+                f"To have the costs checked, add variants to `search_space` in conf/profiles/{plan.profile.name}.yaml",
+            )
         passed, enough = all(v.passed for v in verdicts), all(v.num_models >= ENOUGH_MODELS for v in verdicts)
         return dg.AssetCheckResult(
             passed=passed and enough,

@@ -13,6 +13,7 @@ from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
 from assets.search import read_costs, read_scores
 from puzzle_dag.progress import ProgressLog
+from puzzle_dag.report.html import Picture
 from resources.rows import write_rows
 from resources.workspace import Workspace
 
@@ -24,25 +25,32 @@ AXES = {
 """Quantity -> name of its axis."""
 
 
-def predicted_pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, bytes]:
-    """Return summed KL against throughput, memory and latency for each target, by name."""
+def predicted_pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Picture]:
+    """Return summed KL against throughput, memory and latency for each target, by name; each says what its costs are."""
     from puzzle_dag.report.pictures import FrontierPoint, frontier
 
-    kinds = {"curve": "solution", "parent": "parent", "scenario": "child"}
+    kinds = {"curve": "solution", "parent": "parent", "scenario": "child", "searched": "searched"}
     drawn = {}
     for target, quantity in dict.fromkeys((r["target"], r["quantity"]) for r in rows):
         own = [r for r in rows if (r["target"], r["quantity"]) == (target, quantity)]
-        points = [FrontierPoint(r["scenario"] or r["kind"], r["ratio"], r["kl"], kinds[r["kind"]]) for r in own]  # type: ignore[arg-type]
+        points = [FrontierPoint(_name(r), r["ratio"], r["kl"], kinds[r["kind"]]) for r in own]  # type: ignore[arg-type]
+        source = f"{own[0]['costs']} costs"
         batches = "its best batch size" if quantity == "throughput_tokens_per_s" else f"batch {own[0]['batch']}"
-        drawn[f"{target}_{quantity}"] = frontier(
+        png = frontier(
             points,
             x=f"{AXES[quantity]}, at {batches}",
             y="summed KL (nats a token)",
-            title=target,
+            title=f"{target}: {source}",
             children="children (predicted)",
             is_loss=True,
         )
+        drawn[f"{target}_{quantity}"] = Picture(png, f"{target} {quantity.replace('_', ' ')}, predicted from {source}")
     return drawn
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    """Return what stands beside a point."""
+    return f"{row['scenario']} before refinement" if row["kind"] == "searched" else row["scenario"] or row["kind"]
 
 
 def _predict(plan: Plan, workspace: Workspace) -> list[dict[str, Any]]:
@@ -51,12 +59,15 @@ def _predict(plan: Plan, workspace: Workspace) -> list[dict[str, Any]]:
     from puzzle_dag.search.solution import Solution
 
     chains = [read_chain(plan, workspace, name) for name in workspace.read_profile().scenarios]
-    solutions = {c.name: Solution.from_json(c.searched) for c in chains if c.searched is not None}
+    searched = {c.name: Solution.from_json(c.searched) for c in chains if c.searched is not None}
+    children = {c.name: Solution.from_json(c.solution) for c in chains if c.solution is not None}
     scores, costs, rows = read_scores(workspace), read_costs(plan, workspace), list[dict[str, Any]]()
-    for target in dict.fromkeys(s.target for s in solutions.values()):
-        own = {name: s for name, s in solutions.items() if s.target == target}
-        progress = ProgressLog(f"frontier {target}")
-        rows += [asdict(p) for p in predict_frontier(scores, costs[target], parent_block(plan), own, progress=progress)]
+    for target in dict.fromkeys(s.target for s in searched.values()):
+        own = {name: s for name, s in children.items() if s.target == target}
+        # Of a scenario whose refinement failed there is no child, only what the search found.
+        other = {n: s for n, s in searched.items() if s.target == target and (n not in own or own[n].digest != s.digest)}
+        found = predict_frontier(scores, costs[target], parent_block(plan), own, searched=other, progress=ProgressLog(f"frontier {target}"))
+        rows += [asdict(p) for p in found]
     return rows
 
 
@@ -66,7 +77,7 @@ def predicted_assets(plan: Plan) -> list[dg.AssetsDefinition]:
     @dg.asset(
         **plan.options(
             "predicted_frontier",
-            deps=["score_table", "cost_table", "solution"],
+            deps=["score_table", "cost_table", *dict.fromkeys(("solution", plan.chosen))],
             stages=["puzzle_dag.search.predicted"],
             kinds=("highs", "parquet"),
             description="Summed KL against throughput, memory and latency, from solutions alone: what a constraint will cost.",
@@ -76,7 +87,7 @@ def predicted_assets(plan: Plan) -> list[dg.AssetsDefinition]:
         time, rows = Stopwatch(), _predict(plan, workspace)
         path = workspace.tables / "predicted_frontier.parquet"
         path.unlink(missing_ok=True)  # of former scenarios, where none is solved now
-        shown = ("target", "quantity", "kind", "scenario", "ratio", "value", "batch", "kl", "status")
+        shown = ("target", "quantity", "kind", "scenario", "ratio", "value", "batch", "kl", "status", "costs")
         return materialised(
             context,
             plan,
@@ -85,8 +96,9 @@ def predicted_assets(plan: Plan) -> list[dg.AssetsDefinition]:
             files=[write_rows(path, rows)] if rows else [],
             metadata={
                 "page": page_link(plan, "index"),
+                "costs": ", ".join(f"{target}: {source}" for target, source in {r["target"]: r["costs"] for r in rows}.items()),
                 "points": table([{k: r[k] for k in shown} for r in rows]),
-                **{name: picture(drawn, name.replace("_", " ")) for name, drawn in predicted_pictures(rows).items()},
+                **{name: picture(drawn.png, drawn.caption) for name, drawn in predicted_pictures(rows).items()},
             },
             time=time,
         )

@@ -19,6 +19,7 @@ from dagster._core.storage.tags import PARTITION_NAME_TAG
 from assets.foreign.library import check_foreign_profile
 from assets.foreign.plan import ForeignPlan
 from assets.plan import OPT_IN_SCORES, OPT_IN_SEARCH, Plan
+from assets.roots import CONFIGURATION, Roots
 from assets.staleness import Item, Staleness
 from assets.watches import GATHERERS
 from puzzle_dag.preflight import activations_bytes, check_profile, require_disk
@@ -136,6 +137,7 @@ class Refresh:
                 raise ValueError(f"there is no asset {name!r}; there are: {', '.join(assets)}")
         self._record = RefreshRecord()
         self._unsettled: dict[Item, str] = {}
+        self._roots = Roots(plan.groups[CONFIGURATION])
         self._unjudged: set[Item] = set()
 
     def run(self, *, dry: bool = False) -> RefreshRecord:
@@ -171,20 +173,23 @@ class Refresh:
             read_engine_version()
 
     def _settle(self, item: Item, reasons: list[str], dry: bool) -> None:
-        waits_for = [p for p in self._staleness.parents(item) if p in self._unsettled]
-        if waits_for and not self._may_gather(item, waits_for):
-            because = tuple(f"waits for {p} ({self._unsettled[p]})" for p in waits_for[:3])
-            all_stale = dry and all(self._unsettled[p] == "stale" for p in waits_for)
-            self._note(Outcome(item, "stale" if all_stale else "waits", because, waits_for=tuple(waits_for)))
-            return
+        parents = self._staleness.parents(item)
+        waits_for = [p for p in parents if p in self._unsettled]
         if self._among(item, self._remake):
             reasons = [*reasons, "asked for"]
+        if waits_for and not self._may_gather(item, waits_for):
+            if dry and all(self._unsettled[p] == "stale" for p in waits_for):
+                self._note(Outcome(item, "stale", self._roots.add(item, reasons, parents), waits_for=tuple(waits_for)))
+                return
+            because = tuple(f"waits for {p} ({self._unsettled[p]})" for p in waits_for[:3])
+            self._note(Outcome(item, "waits", because, waits_for=tuple(waits_for)))
+            return
         may_run = not dry and (not self._select or self._among(item, self._select))
         if not reasons:
             self._note(self._look_again(item, may_run))
         elif not may_run:
-            unjudged = tuple(p for p in self._staleness.parents(item) if p in self._unjudged)
-            self._note(Outcome(item, "stale", tuple(reasons), waits_for=unjudged))
+            unjudged = tuple(p for p in parents if p in self._unjudged)
+            self._note(Outcome(item, "stale", self._roots.add(item, reasons, parents), waits_for=unjudged))
         else:
             self._note(self._make(item, reasons))
         if item not in self._unsettled:

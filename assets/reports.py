@@ -32,20 +32,27 @@ from resources.shelf import Record
 from resources.workspace import Workspace
 
 _RETENTION = "retention, corrected for chance"
+_SIDES = ("at_least", "at_most")
 _CAPTION = "predicted by the cost table | measured on the engine, parent and child in turns, with the 95 % confidence interval"
 
 
 def _constraints(solution: Mapping[str, Any], scenario: Scenario) -> list[ConstraintFact]:
+    """Return every constraint with all of its bounds, then the budgets of summed scores."""
     facts = []
     for limit, (name, bound) in zip(solution["limits"], scenario.bounds, strict=True):
-        side = "at_least" if limit["at_least"] is not None else "at_most"
-        plain = bound.relative_to is None and bound.equals is None
-        words = f"{side.replace('_', ' ')} {format_quantity(name, getattr(bound, side))}" if plain else bound.words
+        asked = [(side, value) for side in _SIDES if (value := getattr(bound, side)) is not None]
+        absolute = " and ".join(f"{side.replace('_', ' ')} {format_quantity(name, value)}" for side, value in asked)
+        words = absolute if bound.relative_to is None and bound.equals is None else bound.words
         elsewhere = f" on {limit['target']}" if limit["target"] != scenario.target else ""
         where = f"{elsewhere}, batch {limit['batch']}" + (f", {limit['length']} tokens" if limit["length"] else "")
+        limits = [limit[side] for side in _SIDES if limit[side] is not None]
         facts.append(
-            ConstraintFact(name=name, bound=f"{words}{where}", limit=limit[side], parent=limit["parent_value"], predicted=limit["value"])
+            ConstraintFact(name=name, bound=f"{words}{where}", limits=limits, parent=limit["parent_value"], predicted=limit["value"])
         )
+    for x in solution.get("budgets", ()):
+        words = f"at most {format_quantity(x['score'], x['at_most'])}, summed"
+        # Scores are of what differs from the parent, whose own are 0.
+        facts.append(ConstraintFact(name=x["score"], bound=words, limits=[x["at_most"]], parent=0.0, predicted=x["value"]))
     return facts
 
 
@@ -216,12 +223,11 @@ def _pictures(workspace: Workspace) -> list[Picture]:
 
 def frontier_pictures(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """Return quality against speed, memory and latency, as measured, by name."""
+    parent = "(parent at the same target and batch size = 1)"
     return {
-        "quality_against_speed": frontier(frontier_points(rows), x="throughput (parent = 1)", y=_RETENTION),
-        "quality_against_memory": frontier(
-            ratio_points(rows, "measured_memory_ratio"), x="weights and KV cache (parent = 1)", y=_RETENTION
-        ),
-        "quality_against_latency": frontier(ratio_points(rows, "measured_latency_ratio"), x="latency (parent = 1)", y=_RETENTION),
+        "quality_against_speed": frontier(frontier_points(rows), x=f"throughput {parent}", y=_RETENTION),
+        "quality_against_memory": frontier(ratio_points(rows, "measured_memory_ratio"), x=f"weights and KV cache {parent}", y=_RETENTION),
+        "quality_against_latency": frontier(ratio_points(rows, "measured_latency_ratio"), x=f"latency {parent}", y=_RETENTION),
     }
 
 
@@ -272,9 +278,7 @@ def write_reports(
         results=results,
         stages=stages,
         frontiers=against,
-        predicted=[
-            Picture(png, name.replace("_", " ")) for name, png in predicted_pictures(foreseen.value["rows"] if foreseen else ()).items()
-        ],
+        predicted=list(predicted_pictures(foreseen.value["rows"] if foreseen else ()).values()),
         machine=machine,
         pictures=_pictures(workspace) if all(records) else (),
         pages=[(f.name, f"{f.name}.html") for f in facts],

@@ -9,6 +9,7 @@ from assets.costs import parent_block, read_cost_table
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
 from assets.run_scores import read_run_scores
+from puzzle_dag.piece_costs import PieceCosts, weakest_source
 from puzzle_dag.report.loosened import LoosenedFact, loosened_rows
 from puzzle_dag.store import fingerprint
 from resources.rows import read_rows, write_rows
@@ -16,7 +17,6 @@ from resources.workspace import Workspace
 
 if TYPE_CHECKING:
     from puzzle_dag.config import Scenario
-    from puzzle_dag.piece_costs import PieceCosts
     from puzzle_dag.search.infeasible import InfeasibleScenarioError
     from puzzle_dag.search.score import BlockScore
     from puzzle_dag.search.solution import Solution
@@ -42,7 +42,7 @@ def read_scores(workspace: Workspace) -> list[list["BlockScore"]]:
     return [layers[i] for i in sorted(layers)]
 
 
-def read_costs(plan: Plan, workspace: Workspace, *targets: str) -> dict[str, "PieceCosts"]:
+def read_costs(plan: Plan, workspace: Workspace, *targets: str) -> dict[str, PieceCosts]:
     """Return the costs of all targets that are up to date, as the search sees them.
 
     Raises:
@@ -64,7 +64,7 @@ def read_costs(plan: Plan, workspace: Workspace, *targets: str) -> dict[str, "Pi
     return {n: t.to_piece_costs(plan.shape) for n, t in tables.items()}
 
 
-def check_source(workspace: Workspace, scenario: "Scenario", costs: "PieceCosts") -> None:
+def check_source(workspace: Workspace, scenario: "Scenario", costs: PieceCosts) -> None:
     """Check that a scenario accepts costs like these. Raises CostsMissingError, with what to do."""
     from puzzle_dag.costs.obtain import explain_unmeasured
 
@@ -192,7 +192,7 @@ def search_assets(plan: Plan) -> list[dg.AssetsDefinition]:
             found = answer_scenario(read_scores(workspace), costs, scenario, parent_block(plan), earlier=earlier)
         except InfeasibleScenarioError as error:
             raise _failure(error) from error
-        source = "analytic" if any(costs[target].source == "analytic" for target in scenario.targets) else "measured"
+        source = weakest_source(costs[target].source for target in scenario.targets)
         found, name = [replace(s, notes={**s.notes, "costs": source}) for s in found], context.partition_key
         return materialised(
             context,

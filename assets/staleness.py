@@ -26,6 +26,8 @@ from assets.watches import CHECKS_READ, watch, watched_words
 from puzzle_dag.store import fingerprint
 from resources.workspace import Workspace
 
+NEVER_RUN = "never run"
+"""The reason of an item that nobody ever made."""
 _ENDED = {AssetCheckExecutionRecordStatus.SUCCEEDED, AssetCheckExecutionRecordStatus.FAILED}
 
 
@@ -95,7 +97,7 @@ class Staleness:
         key = self._plan.key(item.asset)
         status = resolver.get_status(key, item.partition)
         if status == StaleStatus.MISSING:
-            return ["never run"]
+            return [NEVER_RUN]
         causes = resolver.get_stale_causes(key, item.partition) if status == StaleStatus.STALE else []
         reasons = list(dict.fromkeys(self._words(item, cause) for cause in causes))
         record = self._workspace.shelf.find(item.asset, item.partition)
@@ -136,7 +138,7 @@ class Staleness:
         for check in self._checks.get(self._plan.key(item.asset), []):
             judged = self._last_verdict(check, item)
             if judged is None or judged.event is None:
-                outdated[check] = "never run"
+                outdated[check] = NEVER_RUN
                 continue
             parents = [Item(asset, item.partition) for asset in CHECKS_READ.get((item.asset, check.name), ())]
             newer = [str(p) for p in parents if self._materialized_s(p) > judged.event.timestamp]

@@ -5,7 +5,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 
 - `cost_variants` hangs on every layer's space, but only on their union.
 - `run_scores` of a layer are those of the runs that begin at it, and `task_scores` grades these, too; no other run makes them stale.
-- `block_costs` may be analytic only where a scenario of its target says so, and nobody measured it.
+- `block_costs` may be analytic only where a scenario that its target is one of the targets of says so, and nobody measured it.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `block_costs` takes what was imported for a target that this machine can't measure.
 - `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.
@@ -121,15 +121,16 @@ def watch_block_costs(plan: Plan, workspace: Workspace, partition: str | None) -
 
 
 def _has_to_be_analytic(workspace: Workspace, partition: str) -> bool:
-    """Say whether a scenario accepts analytic costs of a target, and nobody measured the target of today."""
+    """Say whether a scenario accepts analytic costs of a target that nobody measured; asked where no costs of it are imported."""
     scenarios = [workspace.read_scenario(name) for name in workspace.read_profile().scenarios]
-    if not any(s.target == partition and s.costs == "analytic" for s in scenarios):
+    if not any(partition in s.targets and s.costs == "analytic" for s in scenarios):
         return False
     from puzzle_dag.costs.obtain import is_measurable
 
     record, target = workspace.shelf.find("block_costs", partition), workspace.read_target(partition)
     of_today = record is not None and record.value["target_spec"] == fingerprint(target.model_dump(mode="json"))
-    measured = of_today and record is not None and record.value.get("source", "measured") != "analytic"
+    # Imported costs on record are of an import that is gone.
+    measured = of_today and record is not None and record.value.get("source", "measured") == "measured"
     return not (measured or is_measurable(target))
 
 
@@ -194,12 +195,17 @@ def watch_cost_table(plan: Plan, workspace: Workspace, _: str | None = None) -> 
 
 
 def watch_predicted_frontier(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
-    """Return what the search chose for each scenario as it is today, and at which batch size; not how long it took."""
+    """Return what the search chose for each scenario as it is today, at which batch size, and what a refinement made of it.
+
+    Not how long it took: that is no other frontier.
+    """
     found = {}
     for name in workspace.read_profile().scenarios:
-        spec, solved = workspace.shelf.find("scenario_spec", name), workspace.shelf.find("solution", name)
-        if spec is not None and solved is not None and solved.value["scenario_spec"] == fingerprint(spec.value):
-            found[name] = [solved.data_version, solved.value["solution"]["batch"]]
+        spec = workspace.shelf.find("scenario_spec", name)
+        records = [workspace.shelf.find(asset, name) for asset in dict.fromkeys(("solution", plan.chosen))]
+        of_today = [r for r in records if r is not None and spec is not None and r.value["scenario_spec"] == fingerprint(spec.value)]
+        if of_today:
+            found[name] = [part for r in of_today for part in (r.data_version, r.value["solution"]["batch"])]
     return found
 
 

@@ -41,6 +41,7 @@ def _gc(args: argparse.Namespace) -> int:
 def _estimate(args: argparse.Namespace) -> int:
     from puzzle_dag.architecture import FFN, Attention, Block
     from puzzle_dag.config import profile_file, read_profile, read_target
+    from puzzle_dag.costs.accelerators import ACCELERATORS
     from puzzle_dag.costs.roofline import estimate_table
     from puzzle_dag.model.parent import read_parent_shape
     from puzzle_dag.preflight import check_lengths, list_cost_variants
@@ -55,6 +56,7 @@ def _estimate(args: argparse.Namespace) -> int:
     rows = [(r.batch, r.phase, r.place, r.variant, format_seconds(r.seconds), r.source) for r in table.rows]
     say(text_table(("batch", "phase", "place", "variant", "time a layer", "source"), rows))
     say(f"analytic: from published peaks of {table.rows[0].hardware}; nothing was measured")
+    say(f"peaks: {ACCELERATORS[target.hardware].source}")
     if args.out is not None:
         table.write(args.out)
         say(f"written: {args.out}")

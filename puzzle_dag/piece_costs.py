@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from puzzle_dag.architecture import Architecture, Block
 
@@ -17,9 +17,14 @@ if TYPE_CHECKING:  # importing it takes seconds, for it knows tensors; a search 
 
 Phase = Literal["prefill", "decode"]
 CostSource = Literal["measured", "imported", "analytic"]
-"""Where seconds come from: an engine on this machine, an engine on another, or published peaks."""
+"""Where seconds come from: an engine on this machine, an engine on another, or published peaks; the firmest first."""
 Seconds = Mapping[int, Mapping[Phase, float]]
 """Batch size -> phase -> seconds of one run of that phase at the target's lengths."""
+
+
+def weakest_source(sources: Iterable[CostSource]) -> CostSource:
+    """Return the least firm of some costs' sources: what rests on all of them is as firm as that one. Raises ValueError for none."""
+    return max(sources, key=get_args(CostSource).index)
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,8 +90,8 @@ def check_targets(scenario: Scenario, targets: Mapping[str, Target], *, file: Pa
         return targets[name]
 
     target = target_of(("target",), scenario.target)
-    if scenario.costs == "analytic" and target.hardware == "local-cpu":
-        why = f"is 'analytic', but target {target.name} is the machine at hand, which is measured; leave it out"
+    if scenario.costs == "analytic" and {targets[n].hardware for n in scenario.targets if n in targets} == {"local-cpu"}:
+        why = f"is 'analytic', but target {' and target '.join(scenario.targets)} is the machine at hand, which is measured; leave it out"
         raise _wrong(scenario, file, ("costs",), why)
     measured = f"target {target.name} measures {list(target.batch_sizes)}"
     if isinstance(scenario.batch_sizes, tuple) and (not scenario.batch_sizes or set(scenario.batch_sizes) - set(target.batch_sizes)):

@@ -15,9 +15,13 @@ from ticking_engine import TickingEngine
 
 from assets.children import CHECKPOINT
 from assets.definitions import build_definitions
+from assets.grading import retention_metadata
 from assets.plan import make_plan
+from puzzle_dag.children.retention import MeanRetention, Retention
 from puzzle_dag.costs.monotone import find_drops
 from puzzle_dag.costs.table import CostRow, CostTable
+from puzzle_dag.report.html import markdown_image
+from puzzle_dag.report.pictures import retention_bars
 
 SCENARIO, TARGET, LAYER = "micro-small", "micro-eager", "L00"
 
@@ -177,6 +181,14 @@ def test_the_checkpoint_must_give_the_assembled_childs_logits(project: Project) 
         assert not evaluate(project, "child", "as_assembled", SCENARIO)
 
 
+def test_a_check_that_checked_nothing_says_so_before_all_else(project: Project) -> None:
+    evaluation = judge(project, "block_costs", "held_out", TARGET)
+    assert evaluation.passed and evaluation.description is not None
+    assert evaluation.description.startswith("Nothing was checked: `heldout_models` of the target is 0.")
+    assert f"set `heldout_models: 8` in conf/targets/{TARGET}.yaml" in evaluation.description
+    assert next(iter(evaluation.metadata)) == "not_checked" and evaluation.metadata["not_checked"].value == evaluation.description
+
+
 def test_costs_that_fall_with_the_batch_fail(project: Project) -> None:
     assert evaluate(project, "block_costs", "monotone", TARGET)
     path = project.workspace.tables / "costs" / f"{TARGET}.parquet"
@@ -210,6 +222,18 @@ def test_a_person_can_look_where_looking_is_easier(project: Project, item: tuple
     metadata = found.records[0].asset_materialization.metadata
     for name in names:
         assert metadata[name].value.startswith("![") and len(metadata[name].value) < 80_000, name
+
+
+def test_what_a_child_keeps_is_drawn_where_the_parent_knows_anything() -> None:
+    """The random parent of the project above is no better than chance, so that a project has no bars to look at."""
+    kept = Retention("skill_sort", "acc", 0.99, 0.95, 0.25, 0.9596, 0.005, 0.9459, 0.0068, 500)
+    guessed = Retention("skill_sum", "acc", 0.25, 0.25, 0.25, 1.0, 0.1, None, None, 500)
+    metadata = retention_metadata("fast", [kept, guessed], MeanRetention(0.9459, 0.0068, 1, ("skill_sum",)), 0.9)
+    bars = retention_bars({"skill_sort": (0.9459, 0.0068)}, floor=0.9, title="fast")
+    assert metadata["picture"].value == markdown_image(bars, "retention") and metadata["mean_retention"] == 0.9459
+    assert "| skill_sort |" in metadata["retention"].value and "| skill_sum |" in metadata["retention"].value
+    nothing = retention_metadata("fast", [guessed], MeanRetention(None, None, 0, ("skill_sum",)), 0.9)
+    assert "picture" not in nothing and "no better than chance" in nothing["mean_retention"]
 
 
 def test_every_page_is_linked_and_there(project: Project) -> None:

@@ -3,6 +3,7 @@
 One project, refreshed once, whose second target is a GPU that this machine is made to lack; only the engine is arithmetic.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,18 @@ import yaml
 from micro_project import Project, make_project
 from ticking_engine import TickingEngine
 
+from assets.plan import make_plan
 from assets.refresh import RefreshRecord
 from puzzle_dag.config import ConfigError
 from puzzle_dag.costs import heldout
+from puzzle_dag.costs.accelerators import ACCELERATORS
+from puzzle_dag.costs.imports import IMPORT_KIND, import_table
+from puzzle_dag.costs.provenance import Provenance, describe_shape, digest_shape
+from puzzle_dag.costs.table import CostTable
 from puzzle_dag.engine.hardware import Hardware
 
 GPU, ESTIMATED = "micro-gpu", "micro-estimated"
+SEARCH = ("scenario_spec", "block_costs", "cost_table", "solution")
 _CPU = Hardware("cpu", "made-up cpu", 1)
 
 
@@ -62,7 +69,16 @@ def check_metadata(project: Project, target: str) -> dict[str, Any]:
         history = instance.event_log_storage.get_asset_check_execution_history(key, limit=20)
     events = [r.event.dagster_event.event_specific_data for r in history if r.event is not None and r.event.dagster_event is not None]
     evaluation = next(e for e in events if e.partition == target)
-    return {"passed": evaluation.passed, "severity": evaluation.severity, **{k: v.value for k, v in evaluation.metadata.items()}}
+    told = {"passed": evaluation.passed, "severity": evaluation.severity, "description": evaluation.description}
+    return {**told, **{k: v.value for k, v in evaluation.metadata.items()}}
+
+
+def latest_metadata(project: Project, asset: str, partition: str | None = None) -> dict[str, Any]:
+    key = dg.AssetKey([project.profile, asset])
+    with project.instance() as instance:
+        found = instance.fetch_materializations(dg.AssetRecordsFilter(asset_key=key, asset_partitions=partition and [partition]), limit=1)
+    metadata = found.records[0].asset_materialization.metadata
+    return {name: entry.value for name, entry in metadata.items()}
 
 
 def test_an_unmeasured_target_is_solved_with_analytic_costs_that_say_so(project: Project) -> None:
@@ -74,6 +90,16 @@ def test_an_unmeasured_target_is_solved_with_analytic_costs_that_say_so(project:
     assert project.workspace.shelf.value("solution", "micro-small")["solution"]["notes"]["costs"] == "measured"
     assert dict(ask(project, "SELECT scenario, costs FROM solutions")) == {ESTIMATED: "analytic", "micro-small": "measured"}
     assert dict(ask(project, "SELECT scenario, costs FROM frontier")) == {ESTIMATED: "analytic", "micro-small": "measured"}
+    foreseen = ask(project, "SELECT DISTINCT target, costs FROM predicted_frontier ORDER BY ALL")
+    assert foreseen == [("micro-eager", "measured"), (GPU, "analytic")]
+    metadata = latest_metadata(project, "predicted_frontier")
+    assert metadata["costs"] == f"micro-eager: measured, {GPU}: analytic" and "| analytic |" in metadata["points"]
+    picture, page = metadata[f"{GPU}_latency_s"], (project.workspace.var / "reports" / "index.html").read_text()
+    assert f"{GPU} latency s, predicted from analytic costs" in picture and f"{GPU} latency s, predicted from analytic costs" in page
+    assert "micro-eager latency s, predicted from measured costs" in page
+    costs = latest_metadata(project, "block_costs", GPU)
+    assert costs["source"] == "analytic" and costs["published_peaks"] == ACCELERATORS["rtx4090"].source
+    assert "published_peaks" not in latest_metadata(project, "block_costs", "micro-eager")
     by_source = ask(project, "SELECT DISTINCT target, source FROM costs ORDER BY ALL")
     assert by_source == [("micro-eager", "by construction"), ("micro-eager", "measured"), (GPU, "analytic"), (GPU, "by construction")]
     assert ask(project, "SELECT DISTINCT predicted_from FROM serving") == [("measured",)]
@@ -94,7 +120,9 @@ def test_the_held_out_check_says_the_numbers_and_where_it_was_not_done(project: 
     done, undone = check_metadata(project, "micro-eager"), check_metadata(project, GPU)
     assert done["passed"] and done["checked"] and done["num_models"] == 8
     assert 0 < done["worst_error"] < 0.01 and "| 8 | total |" in done["verdicts"] and "| 2 |" not in done["verdicts"]
-    assert undone["passed"] and not undone["checked"] and "costs are analytic" in undone["why_not"]
+    assert undone["passed"] and not undone["checked"] and undone["not_checked"] == undone["description"]
+    assert undone["description"].startswith("Nothing was checked: the costs are analytic")
+    assert f"set `heldout_models: 8` in conf/targets/{GPU}.yaml and refresh on a machine with rtx4090" in undone["description"]
 
 
 def test_the_held_out_check_fails_where_predictions_are_off(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,12 +162,56 @@ def test_without_opting_in_an_unmeasured_target_is_refused_with_the_ways_out(pro
     file = project.root / "conf" / "scenarios" / f"{ESTIMATED}.yaml"
     before = file.read_text()
     project.edit(file, costs="measured")
-    record = project.refresh(select=["scenario_spec", "block_costs", "cost_table", "solution"])
+    record = project.refresh(select=SEARCH)
     for item in (f"block_costs[{GPU}]", f"solution[{ESTIMATED}]"):
         state, reason = outcome(record, item)
         assert state == "failed" and all(w in reason for w in ("measure it on a machine with rtx4090", "import", "costs: analytic"))
     file.write_text(before)
-    project.refresh(select=["scenario_spec", "block_costs", "cost_table", "solution"])
+    project.refresh(select=SEARCH)
+    assert project.workspace.shelf.value("solution", ESTIMATED)["solution"]["notes"]["costs"] == "analytic"
+
+
+def test_every_target_of_a_scenario_may_be_estimated_and_the_weakest_costs_name_it(project: Project) -> None:
+    """A scenario of the machine at hand that bounds the GPU's latency as well, and nothing else asks for the GPU."""
+    file, profile = project.root / "conf" / "scenarios" / "both.yaml", project.profile_file.read_text()
+    bounds = {"throughput_tokens_per_s": {"at_least": 1.01, "relative_to": "parent"}}
+    bounds["latency_s"] = {"at_most": 0.95, "relative_to": "parent", "target": GPU}
+    file.write_text(
+        yaml.safe_dump({"version": 1, "target": "micro-eager", "costs": "analytic", "constraints": bounds, "uptrain": {"tokens": 0}})
+    )
+    project.edit(project.profile_file, scenarios=["both"])
+    record = project.refresh(select=SEARCH, remake=[f"block_costs[{GPU}]"])
+    assert outcome(record, f"block_costs[{GPU}]")[0] == "ran" and outcome(record, "solution[both]")[0] == "ran", record.of("failed")
+    assert project.workspace.shelf.value("solution", "both")["solution"]["notes"]["costs"] == "analytic"
+    project.edit(file, costs="measured")
+    record = project.refresh(select=SEARCH)
+    assert outcome(record, f"block_costs[{GPU}]")[0] == "failed"
+    project.profile_file.write_text(profile)
+    file.unlink()
+    project.refresh(select=SEARCH)
+
+
+def test_imported_costs_are_called_imported_wherever_they_are_told_of(project: Project, tmp_path: Path) -> None:
+    shape = make_plan(project.root, "micro").shape
+    estimated = CostTable.read(project.workspace.tables / "costs" / f"{GPU}.parquet")
+    fields = {"hardware": "NVIDIA GeForce RTX 4090", "engine_version": "vllm 0.32.0"}
+    rows = tuple(replace(r, **fields, source="measured" if r.source == "analytic" else r.source) for r in estimated.rows)
+    origin = Provenance(
+        shape_digest=digest_shape(shape), shape=describe_shape(shape), **fields, driver=None, package=None,
+        first_measured_at=None, last_measured_at=None, num_probes=8, num_engines=8, engine_bytes=None,
+    )  # fmt: skip
+    replace(estimated, rows=rows, provenance=origin).write(tmp_path / "gpu.parquet")
+    import_table(tmp_path / "gpu.parquet", project.workspace.store)
+    assert {f"block_costs[{GPU}]", f"solution[{ESTIMATED}]"} <= set(project.refresh().ran)
+    assert project.workspace.shelf.value("solution", ESTIMATED)["solution"]["notes"]["costs"] == "imported"
+    for table in ("solutions", "solution_pools", "frontier"):
+        assert ask(project, f"SELECT DISTINCT costs FROM {table} WHERE scenario = '{ESTIMATED}'") == [("imported",)], table
+    assert ask(project, f"SELECT DISTINCT costs FROM predicted_frontier WHERE target = '{GPU}'") == [("imported",)]
+    page = (project.workspace.var / "reports" / f"{ESTIMATED}.html").read_text()
+    assert "<td>imported</td>" in page and "<td>analytic</td>" not in page
+    assert check_metadata(project, GPU)["description"].startswith("Nothing was checked: the costs are imported")
+    shutil.rmtree(project.workspace.store.root / IMPORT_KIND)
+    assert f"block_costs[{GPU}]" in project.refresh(select=SEARCH).ran
     assert project.workspace.shelf.value("solution", ESTIMATED)["solution"]["notes"]["costs"] == "analytic"
 
 

@@ -17,8 +17,9 @@ from puzzle_dag.children.serve import ServedModel, ServingReport, SpeedUp
 from puzzle_dag.config import ParentSource, read_scenario, read_target
 from puzzle_dag.costs.roofline import estimate_table
 from puzzle_dag.model.parent import read_parent_shape
+from puzzle_dag.report.scenario import render_scenario
 from puzzle_dag.report.tables import text_table
-from puzzle_dag.search.solution import BatchOutcome, Choice, LimitReport, Solution
+from puzzle_dag.search.solution import BatchOutcome, BudgetReport, Choice, LimitReport, Solution
 from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
 from resources.workspace import Workspace
@@ -167,6 +168,49 @@ def test_memory_is_told_at_the_point_of_the_constraint(plan, workspace):
     workspace.shelf.put("solution", NAME, found, data_version="v")
     fact = next(s for s in scenario_facts(plan, workspace, NAME).served if s.name == "memory_bytes")
     assert (fact.parent, fact.child, fact.predicted) == ((16 + 8) * MIB, (8 + 8) * MIB, 7 * MIB)
+
+
+def test_both_bounds_and_every_budget_are_told(plan, workspace):
+    """Absolute bounds, relative ones, an equality, and the budget of what is optimised within one."""
+    spec = read_scenario(CONF, "latency-70").model_dump(mode="json")
+    spec |= {"target": "cpu-prefill", "objective": {"maximize": "throughput", "subject_to": {"kl": {"at_most": 0.3}}}}
+    spec["constraints"] = {
+        "latency_s": {"at_least": 0.1, "at_most": 0.7},
+        "memory_bytes": {"at_least": 0.25, "at_most": 0.5, "relative_to": "parent"},
+        "parameters": {"equals": 7_000_000, "within": 0.01},
+    }
+    limits = (
+        LimitReport("latency_s", "cpu-prefill", 8, None, 0.1, 0.7, 0.66, 1.0),
+        LimitReport("memory_bytes", "cpu-prefill", 8, 256, 4.0 * MIB, 8.0 * MIB, 7.5 * MIB, 16.0 * MIB),
+        LimitReport("parameters", "cpu-prefill", 8, None, 6_930_000, 7_070_000, 7_000_000, 8_500_000),
+    )
+    found = solution("bounded", limits=[asdict(x) for x in limits], budgets=[asdict(BudgetReport("kl", 0.3, 0.25))])
+    workspace.shelf.put("scenario_spec", "bounded", {**spec, "name": "bounded"}, data_version="v")
+    value = {"scenario_spec": fingerprint({**spec, "name": "bounded"}), "solution": found}
+    workspace.shelf.put("solution", "bounded", value, data_version="v")
+    facts = scenario_facts(plan, workspace, "bounded")
+    assert {c.name: (c.bound, c.predicted) for c in facts.constraints} == {
+        "latency_s": ("at least 100 ms and at most 700 ms, batch 8", 0.66),
+        "memory_bytes": ("at least 0.25 and at most 0.5 x the parent's, batch 8, 256 tokens", 7.5 * MIB),
+        "parameters": ("equal to 7e+06 within 1 %, batch 8", 7_000_000),
+        "kl": ("at most 0.3, summed", 0.25),
+    }
+    page = render_scenario(facts)
+    for row in (
+        ("latency_s", "at least 100 ms and at most 700 ms, batch 8", "100 ms to 700 ms", "1 s", "660 ms"),
+        (
+            "memory_bytes",
+            "at least 0.25 and at most 0.5 x the parent&#x27;s, batch 8, 256 tokens",
+            "4.0 MiB to 8.0 MiB",
+            "16.0 MiB",
+            "7.5 MiB",
+        ),
+        ("parameters", "equal to 7e+06 within 1 %, batch 8", "6.93 M to 7.07 M", "8.50 M", "7.00 M"),
+        ("kl", "at most 0.3, summed", "0.3", "0", "0.25"),
+    ):
+        assert "".join(f"<td>{cell}</td>" for cell in row) in page, row
+    asked = dict(results_table(plan, workspace, [facts]).rows)["asked for"]
+    assert "latency_s at least 100 ms and at most 700 ms" in asked and "kl at most 0.3, summed" in asked
 
 
 def test_stages_add_up_their_partitions_in_the_order_of_the_data_flow(workspace):

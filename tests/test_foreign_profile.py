@@ -11,8 +11,10 @@ from typing import Any
 
 import dagster as dg
 import duckdb
+import pyarrow as pa
 import pytest
 from micro_project import CHECKOUT, Project
+from pyarrow import csv, parquet
 
 from assets.__main__ import main
 from assets.definitions import build_definitions
@@ -275,6 +277,35 @@ def test_another_number_solves_again(project: Project) -> None:
     assert set(project.refresh().ran) == {"library_file", "frontier", "tables", *(f"solution[{s}]" for s in SCENARIOS)}
     assert project.workspace.shelf.value("solution", "synthetic-memory")["answers"][0]["choices"]["layer_3"] == "noop/noop"
     file.write_text(before)
+    assert project.refresh().ok
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_of_rows_is_a_library_as_well(project: Project, kind: str) -> None:
+    """The same numbers in long form: the same solutions."""
+    numbers = json.loads((project.root / "conf" / "libraries" / "synthetic.json").read_text())
+    rows = [
+        {"layer": layer, "variant": variant, "metric": f"{group}.{name}", "value": value}
+        for layer, variants in numbers.items()
+        for variant, content in variants.items()
+        for group, values in content.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    ]
+    path = project.root / "conf" / "libraries" / f"long.{kind}"
+    table = pa.Table.from_pylist([{**row, "value": float(row["value"])} for row in rows])
+    parquet.write_table(table, path) if kind == "parquet" else csv.write_csv(table, path)
+    before = {s: project.workspace.shelf.value("solution", s)["answers"] for s in SCENARIOS}
+    project.edit(project.profile_file, library_file=f"conf/libraries/long.{kind}")
+    record = project.refresh()
+    assert record.ok and "library_file" in record.ran and not record.failed_checks
+    value = project.workspace.shelf.value("library_file")
+    assert value["file"] == f"conf/libraries/long.{kind}" and value["source"] == []
+    for name in SCENARIOS:
+        answers = project.workspace.shelf.value("solution", name)["answers"]
+        assert [(a["choices"], a["objective"]) for a in answers] == [(a["choices"], a["objective"]) for a in before[name]]
+    assert project.refresh().ran == []
+    project.edit(project.profile_file, library_file="conf/libraries/synthetic.json")
     assert project.refresh().ok
 
 

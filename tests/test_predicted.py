@@ -8,7 +8,7 @@ import pytest
 from search_instances import PARENT, SECONDS, TABLE, make_scenario, plain_value, simple_costs, simple_table
 
 from puzzle_dag.architecture import Architecture, Block
-from puzzle_dag.piece_costs import PieceCost
+from puzzle_dag.piece_costs import PieceCost, weakest_source
 from puzzle_dag.search.predicted import QUANTITIES, PredictedPoint, predict_frontier
 from puzzle_dag.search.solve import solve_scenario
 
@@ -61,6 +61,31 @@ def test_a_solution_that_minimised_something_else_is_placed_by_its_divergence() 
     kl = {(s.layer, s.block): s.kl for layer in SCORES for s in layer}
     placed = [p for p in predict_frontier(SCORES, COSTS, PARENT, {"x": solution}, num_points=1) if p.kind == "scenario"]
     assert {p.kl for p in placed} == {math.fsum(kl[c.layer, c.block] for c in solution.choices)}
+
+
+def test_a_refined_solution_stands_where_its_blocks_are_beside_what_was_searched() -> None:
+    """Its objective is a measured loss, which is no sum of scores."""
+    other = solve_scenario(SCORES, {"t": COSTS}, make_scenario({"latency_s": {"at_most": 0.5, "relative_to": "parent"}}), PARENT)
+    refined = replace(other, scenario=SOLUTION.scenario, status="feasible", objective=9.0, gap=None)
+    points = predict_frontier(SCORES, COSTS, PARENT, {"fast": refined}, searched={"fast": SOLUTION}, num_points=1)
+    placed = {(p.kind, p.quantity): (p.kl, p.blocks) for p in points if p.scenario == "fast"}
+    assert refined.choices != SOLUTION.choices and len(placed) == 2 * len(QUANTITIES)
+    for quantity in QUANTITIES:
+        assert placed["scenario", quantity] == (other.objective, " ".join(c.block for c in other.choices))
+        assert placed["searched", quantity] == (SOLUTION.objective, " ".join(c.block for c in SOLUTION.choices))
+
+
+@pytest.mark.parametrize("source", ["measured", "imported", "analytic"])
+def test_every_point_says_where_its_costs_come_from(source) -> None:
+    assert {p.costs for p in predict_frontier(SCORES, replace(COSTS, source=source), PARENT, {}, num_points=1)} == {source}
+
+
+def test_what_rests_on_several_costs_is_as_firm_as_the_weakest() -> None:
+    assert [weakest_source(s) for s in (["measured"], ["imported", "measured"], ["measured", "analytic", "imported"])] == [
+        "measured",
+        "imported",
+        "analytic",
+    ]
 
 
 def test_a_model_that_is_said_to_take_no_time_is_no_point() -> None:

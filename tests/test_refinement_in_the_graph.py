@@ -69,6 +69,9 @@ def test_a_child_is_made_from_the_refined_solution(project: Project, monkeypatch
     chain = read_chain(make_plan(project.root, project.profile), project.workspace, SCENARIO)
     assert chain.searched is not None and chain.solution is not None and chain.serving is not None
     assert (chain.searched["digest"], chain.solution["digest"]) == (first.digest, refined.digest)
+    kinds = f"SELECT DISTINCT kind, blocks FROM predicted_frontier WHERE scenario = '{SCENARIO}'"
+    blocks = {kind: " ".join(c.block for c in found.choices) for kind, found in (("scenario", refined), ("searched", first))}
+    assert dict(project.rows(kinds)) == blocks, "the child's architecture, and what the search found"
     failed = {check.partition("]: ")[2] for check in record.failed_checks if check.startswith(("refinement", "child"))}
     assert not failed and project.refresh().ran == []
 
@@ -81,7 +84,7 @@ def test_other_rounds_refine_again_and_nothing_before(project: Project) -> None:
     project.edit(project.profile_file, refinement={"rounds": 5})
     record = project.refresh()
     assert record.ok and assets_of(record) >= {"refinement"}
-    assert not assets_of(record) & {"block_library", "block_scores", "score_table", "cost_table", "solution", "predicted_frontier"}
+    assert not assets_of(record) & {"block_library", "block_scores", "score_table", "cost_table", "solution"}
     assert project.refresh().ran == []
 
 

@@ -179,7 +179,7 @@ def facts() -> ScenarioFacts:
         target="cpu-prefill",
         description="half as many <tokens> again",
         constraints=[
-            ConstraintFact(name="throughput_tokens_per_s", bound="at least 1.5 x parent", limit=1500, parent=1000, predicted=1520.4)
+            ConstraintFact(name="throughput_tokens_per_s", bound="at least 1.5 x parent", limits=[1500], parent=1000, predicted=1520.4)
         ],
         optimised="kl",
         loosened=[

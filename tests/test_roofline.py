@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -132,6 +133,20 @@ def test_an_analytic_table_survives_its_file(tmp_path):
     assert CostTable.read(tmp_path / "t.parquet") == table and CostTable.read(tmp_path / "t.parquet").source == "analytic"
 
 
+@pytest.mark.parametrize("hardware", get_args(Target.model_fields["hardware"].annotation))
+def test_every_accelerators_peaks_say_where_they_are_published(hardware):
+    if hardware == "local-cpu":
+        assert hardware not in ACCELERATORS
+        return
+    accelerator = ACCELERATORS[hardware]
+    assert accelerator.name.startswith("NVIDIA") and min(accelerator.flops_per_s.values()) > 0
+    # The bandwidth, on which decode hangs, stands in the words.
+    assert (
+        f"{accelerator.bytes_per_s / 1e12:g} TB/s" in accelerator.source
+        or f"{accelerator.bytes_per_s / 1e9:,.0f} GB/s" in accelerator.source
+    )
+
+
 def test_the_command_estimates_and_says_that_nothing_was_measured(tmp_path, micro_parent_folder, capsys):
     shutil.copytree(Path(__file__).parents[1] / "conf", tmp_path / "conf")
     shutil.copytree(micro_parent_folder, tmp_path / "parents" / "micro")
@@ -139,7 +154,8 @@ def test_the_command_estimates_and_says_that_nothing_was_measured(tmp_path, micr
     gpu.write_text((tmp_path / "conf" / "targets" / "micro-eager.yaml").read_text().replace("local-cpu", "h200"))
     command = ["--root", str(tmp_path), "estimate", "--profile", "micro", "--out", str(tmp_path / "t.parquet"), "--target"]
     assert cli.main([*command, "gpu"]) == 0
-    assert "NVIDIA H200 SXM5 141 GB; nothing was measured" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "NVIDIA H200 SXM5 141 GB; nothing was measured" in told and "peaks: NVIDIA H200 data sheet, SXM: 4.8 TB/s" in told
     assert CostTable.read(tmp_path / "t.parquet").source == "analytic"
     assert cli.main([*command, "micro-eager"]) == 2
     assert "no peaks are published here" in capsys.readouterr().err

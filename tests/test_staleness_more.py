@@ -3,6 +3,7 @@
 As in test_staleness, the project is shared, each test leaves it up to date, and only the engine is arithmetic.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ from micro_project import Project
 from ticking_engine import TickingEngine
 
 from assets import plan as planning
+from assets.__main__ import main
 from assets.definitions import build_definitions
 from assets.plan import make_plan
 from assets.refresh import RefreshRecord
+from assets.roots import Roots
 from assets.scenarios import add_scenario, remove_scenario
+from assets.staleness import Item
 from assets.status import describe_status
 from assets.versions import stage_version
 
@@ -33,7 +37,13 @@ def names(record: RefreshRecord, state: Any) -> set[str]:
 
 def status(project: Project) -> list[str]:
     with project.instance() as instance:
-        return describe_status(project.root, "micro", instance)
+        return "\n".join(describe_status(project.root, "micro", instance)).splitlines()
+
+
+def why(lines: list[str], item: str) -> str:
+    """What the row of an item says of it."""
+    (row,) = (line for line in lines if line.split(" ")[0] == item)
+    return re.split(" {2,}", row)[1]
 
 
 def test_another_version_of_a_stage_runs_it_and_says_code(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +54,7 @@ def test_another_version_of_a_stage_runs_it_and_says_code(project: Project, monk
         patch.setattr(planning, "stage_version", newer)
         lines = status(project)
         assert all(any(f"solution[{s}]" in line and " code " in f" {line} " for line in lines) for s in SCENARIOS), lines
+        assert all(f"solution[{s}]: code" in why(lines, f"child[{s}]") for s in SCENARIOS), lines
         record = project.refresh()
         # The same choice again: it stops there.
         assert set(record.ran) == {f"solution[{s}]" for s in SCENARIOS}
@@ -113,10 +124,10 @@ def test_status_says_why_and_how_long(project: Project) -> None:
     before = file.read_text()
     project.edit(file, uptrain={"tokens": 384})
     lines = status(project)
-    row = next(line for line in lines if "scenario_spec[micro-light]" in line)
-    assert "conf/scenarios/micro-light.yaml changed" in row and "unknown" not in row
-    healing = next(line for line in lines if "uptrained_child[micro-light]" in line)
-    assert "waits for solution" in healing or "waits for child" in healing or "the budget in" in healing
+    assert why(lines, "scenario_spec[micro-light]") == "conf/scenarios/micro-light.yaml changed"
+    healing = why(lines, "uptrained_child[micro-light]")
+    assert "the budget in conf/scenarios/micro-light.yaml changed" in healing and "scenario_spec[micro-light] changed" in healing
+    assert why(lines, "child[micro-light]") == "scenario_spec[micro-light] changed"
     with project.instance() as instance:
         recorded = project.workspace.shelf.find("uptrained_child", "micro-light")
         assert recorded is not None and recorded.seconds > 0
@@ -124,6 +135,42 @@ def test_status_says_why_and_how_long(project: Project) -> None:
     assert "by past runs" in lines[-1] and "unknown" not in lines[-1]
     file.write_text(before)
     assert project.refresh().ran == []
+
+
+def test_status_names_the_first_cause_however_far_up(project: Project) -> None:
+    before = project.profile_file.read_text()
+    project.edit(project.profile_file, search_space__overrides={0: {"add_ffn": ["w32"]}, 1: {"add_ffn": ["w32"]}})
+    lines = status(project)
+    assert why(lines, "search_space[L01]") == "conf/profiles/micro.yaml changed"
+    for below in ("block_library[L01]", "block_scores[L01]", "score_table", "child[micro-small]", "tables"):
+        assert why(lines, below) == "search_space[L01] changed", lines
+    assert not any("block_library[L00]" in line for line in lines)
+    project.profile_file.write_text(before)
+    assert status(project)[-1].startswith("0 of ")
+
+
+def test_a_cause_is_told_as_what_it_is_and_many_are_told_in_short() -> None:
+    roots, spaces = Roots(["search_space", "scenario_spec", "target_spec"]), [Item("search_space", f"L{i:02d}") for i in range(32)]
+    library, group, spec, new = Item("block_library", "L00"), Item("layer_group", "G0"), Item("scenario_spec", "s"), Item("solution", "s")
+    for space in spaces:
+        assert roots.add(space, ["conf/profiles/p.yaml changed"], []) == ("conf/profiles/p.yaml changed",)
+    # Its own reason comes first, and goes down as what it is.
+    assert roots.add(library, ["settings"], spaces[:1]) == ("settings", "search_space[L00] changed")
+    scores = Item("block_scores", "L00")
+    assert roots.add(scores, [], [library]) == ("block_library[L00]: settings", "search_space[L00] changed")
+    assert roots.add(group, [], [*spaces, library]) == ("search_space[L00] and 31 more changed", "block_library[L00]: settings")
+    # A new scenario: what is below it never ran either, and that is no other cause.
+    assert roots.add(spec, ["never run"], []) == ("never run",) and roots.add(new, ["never run"], [spec, group]) == ("never run",)
+    causes = ("scenario_spec[s]: never run", "search_space[L00] and 31 more changed", "block_library[L00]: settings")
+    assert roots.add(Item("frontier"), [], [new]) == causes
+    # What was made again since is a cause of its own for the one that was not, and so for all below it.
+    probed, table = Item("block_costs", "t"), Item("cost_table")
+    assert roots.add(probed, ["target_spec[t] changed"], [Item("target_spec", "t")]) == ("target_spec[t] changed",)
+    assert roots.add(table, [], [probed]) == ("target_spec[t] changed",)
+    engine = Item("parent_serving", "t")
+    assert roots.add(engine, ["vLLM's version changed"], []) == ("vLLM's version changed",)
+    assert roots.add(Item("tables"), [], [engine]) == ("parent_serving[t]: vLLM's version changed",)
+    assert roots.add(Item("all"), [], [new, table, engine]) == (*causes, "2 more causes")
 
 
 def launch(project: Project, job: str, config: dict[str, Any] | None = None) -> None:
@@ -173,7 +220,20 @@ def test_the_launchpads_form_adds_a_scenario_and_solves_only_it(project: Project
     project.refresh()
 
 
-def test_a_sweep_solves_what_is_new_and_nothing_twice(project: Project) -> None:
+def test_the_commands_refresh_and_tell(project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("PUZZLE_DAG_ROOT", str(project.root))
+    assert main(["refresh", "--profile", "micro", "--remake", "score_table"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in told if line.split()[0] == "ran"] == [["ran", "score_table"]] and "(asked for)" in told[0]
+    num_items = len(project.refresh(dry=True).outcomes)
+    assert told[-1].startswith(f"1 materialized, {num_items - 1} fresh, 0 failed, 0 waiting; ")
+    assert main(["status", "--profile", "micro"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"0 of {num_items} to bring up to date"
+
+
+def test_a_sweep_solves_what_is_new_and_nothing_twice(
+    project: Project, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     sweep = {
         "version": 1,
         "profile": "micro",
@@ -193,6 +253,11 @@ def test_a_sweep_solves_what_is_new_and_nothing_twice(project: Project) -> None:
         count = instance.get_runs_count()
     launch(project, "sweep_slim_job")
     assert runs_since(project, count) - {("sweep_slim", None)} == set()
+    monkeypatch.setenv("PUZZLE_DAG_ROOT", str(project.root))
+    capsys.readouterr()
+    assert main(["sweep", "slim", "--profile", "micro"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "sweep slim: 0 scenarios written, 2 as before, 0 retired" and told[-1].startswith("0 materialized, "), told
     path.unlink()
     for name in ("slim-0.92", "slim-0.96"):
         remove_scenario(project.root, "micro", name)

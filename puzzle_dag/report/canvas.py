@@ -50,9 +50,9 @@ def new_figure(width_inches: float, height_inches: float, num_columns: int = 1) 
     return figure, axes
 
 
-def set_labels(ax: Axes, *, title: str = "", x: str = "", y: str = "") -> None:
-    """Write the title (left-aligned) and the names of the axes, units included."""
-    ax.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold")
+def set_labels(ax: Axes, *, title: str = "", x: str = "", y: str = "", above_legend: bool = False) -> None:
+    """Write the title (left-aligned; where asked for, above a legend of one line) and the names of the axes, units included."""
+    ax.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold", pad=20 if above_legend else None)
     ax.set_xlabel(x, fontsize=9, color=INK)
     ax.set_ylabel(y, fontsize=9, color=INK)
 

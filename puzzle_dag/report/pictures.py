@@ -43,8 +43,8 @@ class FrontierPoint:
     """Value on the horizontal axis, in the axis's unit."""
     y: float
     """Value on the vertical axis, in the axis's unit."""
-    kind: Literal["parent", "child", "solution"] = "child"
-    """The parent, a child that was built and measured, or a solution that is only predicted."""
+    kind: Literal["parent", "child", "searched", "solution"] = "child"
+    """The parent, a scenario's child, what its search found where that is no child's, or a solution of a curve, which is only predicted."""
     x_error: float = 0.0
     """Half the width of the confidence interval of x."""
     y_error: float = 0.0
@@ -248,6 +248,7 @@ def frontier(
     predicted = sorted((p.x, p.y) for p in points if p.kind == "solution")
     if predicted:
         ax.plot(*zip(*predicted, strict=True), color=MUTED, linewidth=1.2, marker=".", label="solutions (predicted)")
+    _draw_models(ax, [p for p in points if p.kind == "searched"], ORANGE, "s", "before refinement")
     _draw_models(ax, [p for p in points if p.kind == "child"], BLUE, "o", children)
     _draw_models(ax, [p for p in points if p.kind == "parent"], INK, "*", "parent")
     losses = [p.y for p in points if p.y > 0]
@@ -255,8 +256,8 @@ def frontier(
         ax.set_yscale("symlog", linthresh=max(min(losses), 1e-3 * max(losses)))
         ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.margins(0.14)
-    ax.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
-    set_labels(ax, title=title, x=x, y=y)
+    ax.legend(fontsize=7, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=4, borderaxespad=0.2)
+    set_labels(ax, title=title, x=x, y=y, above_legend=True)
     name_points(ax, [(p.name, p.x, p.y) for p in points if p.kind != "solution"])
     return to_png(figure)
 

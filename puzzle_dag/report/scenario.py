@@ -19,8 +19,8 @@ class ConstraintFact:
     """Name of the constrained quantity, e.g. "throughput_tokens_per_s"."""
     bound: str
     """The bound in words: "at least 1.5 x parent"."""
-    limit: float
-    """The bound's value."""
+    limits: Sequence[float]
+    """The bound's value, or the lower and the upper one."""
     parent: float
     """The parent's value."""
     predicted: float
@@ -124,8 +124,7 @@ def render_scenario(facts: ScenarioFacts, *, footer: str = "") -> str:
 
 def _asked(facts: ScenarioFacts) -> Section:
     rows = [
-        (c.name, c.bound, format_quantity(c.name, c.limit), format_quantity(c.name, c.parent), format_quantity(c.name, c.predicted))
-        for c in facts.constraints
+        (c.name, c.bound, _limits(c), format_quantity(c.name, c.parent), format_quantity(c.name, c.predicted)) for c in facts.constraints
     ]
     tables = [Table(("constraint", "asked for", "limit", "parent", "child, predicted"), rows)] if rows else []
     if facts.solver:
@@ -135,6 +134,11 @@ def _asked(facts: ScenarioFacts) -> Section:
         cells = [tuple(row.values()) for row in rows_of_bounds]
         tables.append(Table(tuple(rows_of_bounds[0]), cells, caption="what loosening each bound alone would buy, by solving again"))
     return Section("What was asked for", tables=tables)
+
+
+def _limits(fact: ConstraintFact) -> str:
+    """Return "1,500 tokens/s", or "100 ms to 200 ms"."""
+    return " to ".join(dict.fromkeys(format_quantity(fact.name, limit) for limit in fact.limits))
 
 
 def _architecture(facts: ScenarioFacts) -> Section:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from puzzle_dag.architecture import Architecture, Block
 from puzzle_dag.config import ConstraintName, Scenario
-from puzzle_dag.piece_costs import PieceCosts
+from puzzle_dag.piece_costs import CostSource, PieceCosts
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.search.candidates import Candidates, ScoreTable, block_names
 from puzzle_dag.search.frontier import parent_point, sweep
@@ -21,7 +21,7 @@ from puzzle_dag.search.limits import Measure, make_measure
 from puzzle_dag.search.solution import Solution
 from puzzle_dag.search.solver import least_total
 
-VERSION = 1
+VERSION = 2
 NUM_POINTS = 20
 """Points of each curve."""
 QUANTITIES: Mapping[ConstraintName, Literal["at_least", "at_most"]] = {
@@ -30,6 +30,8 @@ QUANTITIES: Mapping[ConstraintName, Literal["at_least", "at_most"]] = {
     "latency_s": "at_most",
 }
 """What is swept, and which side of it is bounded."""
+PointKind = Literal["curve", "parent", "scenario", "searched"]
+"""A point of the curve, the parent, what a scenario's child is made from, or what its search found where refinement changed it."""
 _FARTHEST = 16.0
 """A model that is this many times as fast, or as small, has hardly a layer left; curves end there."""
 
@@ -42,8 +44,8 @@ class PredictedPoint:
     """Name of the target."""
     quantity: str
     """What the frontier is against: throughput_tokens_per_s, memory_bytes or latency_s."""
-    kind: Literal["curve", "parent", "scenario"]
-    """A point of the curve, the parent, or what a scenario's search chose."""
+    kind: PointKind
+    """What it is a point of."""
     scenario: str | None
     """The scenario's name; None for the others."""
     kl: float
@@ -60,6 +62,8 @@ class PredictedPoint:
     """Proven relative gap; None where nothing was proven."""
     blocks: str
     """Block of each layer."""
+    costs: CostSource
+    """Where the costs behind `value` come from."""
 
 
 def predict_frontier(
@@ -68,6 +72,7 @@ def predict_frontier(
     parent_block: Block,
     solutions: Mapping[str, Solution],
     *,
+    searched: Mapping[str, Solution] = {},
     num_points: int = NUM_POINTS,
     time_limit_s: float = 20.0,
     progress: Progress = silent,
@@ -78,7 +83,8 @@ def predict_frontier(
         scores: of every layer's blocks, layer by layer.
         costs: of the target.
         parent_block: the parent's own block.
-        solutions: scenario -> its solution on this target.
+        solutions: scenario -> what its child is made from, on this target.
+        searched: scenario -> what its search found, where a refinement made another child of it.
         num_points: of each curve, in even ratios from the parent to the best value that any choice reaches.
         time_limit_s: for each program.
         progress: told the points done, quantity by quantity.
@@ -107,11 +113,15 @@ def predict_frontier(
         )
         for one in (p.solution for p in found if p.solution is not None):
             points.append(point("curve", one.objective, one.batch, one.architecture, status=one.status, gap=one.gap))
-        for name, solution in solutions.items():
+        named: list[tuple[PointKind, str, Solution]] = [
+            *(("scenario", name, solution) for name, solution in solutions.items()),
+            *(("searched", name, solution) for name, solution in searched.items()),
+        ]
+        for kind, name, solution in named:
             kl = _summed_kl(scores, solution)
             if kl is not None:
                 batch = solution.batch if side == "at_least" else reference
-                points.append(point("scenario", kl, batch, solution.architecture, scenario=name, status=solution.status, gap=solution.gap))
+                points.append(point(kind, kl, batch, solution.architecture, scenario=name, status=solution.status, gap=solution.gap))
     # On a tiny model noise swallows whole layers: what is left is said to take no time, which is no point of a frontier.
     return [p for p in points if math.isfinite(p.value)]
 
@@ -120,7 +130,7 @@ def _point(
     costs: PieceCosts,
     quantity: ConstraintName,
     own: float,
-    kind: Literal["curve", "parent", "scenario"],
+    kind: PointKind,
     kl: float,
     batch: int,
     architecture: Architecture,
@@ -143,6 +153,7 @@ def _point(
         status=status,
         gap=gap,
         blocks=" ".join(block.name for block in architecture),
+        costs=costs.source,
     )
 
 
@@ -178,9 +189,10 @@ def _best(candidates: Candidates, measure: Measure) -> float:
 
 
 def _summed_kl(scores: ScoreTable, solution: Solution) -> float | None:
-    """Return the summed KL of a solution, whatever it minimised; None where a block is not among the scores. A run counts once."""
-    if solution.minimized == "kl":
-        return solution.objective
+    """Return the summed KL of a solution; None where a block is not among the scores. A run counts once.
+
+    The objective may be something else: another score, or the measured loss of a refined child.
+    """
     known = {s.block if len(block_names(s)) > 1 else (s.layer, s.block): s.kl for layer in scores for s in layer}
     found = [known.get(replacement) for replacement in dict.fromkeys(c.run or (c.layer, c.block) for c in solution.choices)]
     return None if None in found else math.fsum(kl for kl in found if kl is not None)

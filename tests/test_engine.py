@@ -22,8 +22,9 @@ from puzzle_dag.costs.fitting import CapacityCheck
 from puzzle_dag.costs.measure import PROBE_KIND, WorkloadTooLongError, measure_target
 from puzzle_dag.costs.memory import NumberTypes, kv_bytes_per_token, weight_bytes
 from puzzle_dag.engine import client, hardware, watchdog, worker
-from puzzle_dag.engine.client import EngineFailedError, VllmMissingError, read_engine_version, run_engines
+from puzzle_dag.engine.client import VllmMissingError, read_engine_version, run_engines
 from puzzle_dag.engine.environment import KEEP_MEMORY, engine_environment
+from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.hardware import Hardware, HardwareMismatchError, check_hardware, detect_hardware, measure_matmul_rate
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
 from puzzle_dag.engine.kv_cache import size_kv_cache

@@ -12,7 +12,8 @@ from puzzle_dag.config import ParentSource, Target
 from puzzle_dag.costs.measure import measure_models
 from puzzle_dag.costs.memory import NumberTypes, count_kv_bytes_per_token, size_model, weight_bytes
 from puzzle_dag.costs.probes import serving_config
-from puzzle_dag.engine.client import EngineFailedError, EngineFailure, run_engines
+from puzzle_dag.engine.client import run_engines
+from puzzle_dag.engine.failures import EngineFailedError, EngineFailure
 from puzzle_dag.engine.int8 import INT8, QuantizationError, quantize_weight, write_int8_checkpoint
 from puzzle_dag.engine.jobs import EngineJob, EngineSettings, Workload
 from puzzle_dag.engine.precision import UnsupportedPrecisionError, list_precisions, name_precision, shorten, try_precisions

@@ -26,11 +26,11 @@ from puzzle_dag.config import (
     read_scenario,
     read_target,
 )
+from puzzle_dag.lease import lease
 from puzzle_dag.preflight import check_refinable, check_scenario, check_scores
 from puzzle_dag.search.foreign import ForeignLibraryError, read_foreign_library
 from puzzle_dag.search.foreign_scenario import check_foreign_scenario
 from puzzle_dag.store import write_atomically
-from resources.device import lease
 
 RETIRED = "retired"
 """Folder below conf/scenarios/ of the scenarios that no profile solves any more."""

@@ -32,12 +32,14 @@ def heldout_is_predicted(plan: Plan) -> Callable[[dg.AssetCheckExecutionContext,
 
         target = workspace.target_of(workspace.shelf.value("target_spec", context.partition_key))
         source = workspace.shelf.value("block_costs", context.partition_key).get("source", "measured")
-        if source != "measured":
+        if source == "analytic":
             return _skipped(f"the costs are {source}; there are no engines of this machine to hold them against")
-        if target.heldout_models == 0:
+        if source == "measured" and target.heldout_models == 0:
             return _skipped("the target's `heldout_models` is 0; set it to 8 or more to have the costs checked")
-        found = read_rows(workspace.tables / "predictions" / f"{target.name}.parquet")
-        verdicts = judge(Comparison(**r) for r in found)
+        file = workspace.tables / "predictions" / f"{target.name}.parquet"
+        verdicts = judge(Comparison(**r) for r in (read_rows(file) if file.exists() else []))
+        if not verdicts and source == "imported":
+            return _skipped("the imported file has no held-out models; set `heldout_models: 8` in the target where it is measured")
         if not verdicts:
             return _skipped("the search space has no model that is no probe")
         passed, enough = all(v.passed for v in verdicts), all(v.num_models >= ENOUGH_MODELS for v in verdicts)

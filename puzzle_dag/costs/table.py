@@ -26,7 +26,7 @@ CONSTANT = "engine"
 CostPlace = Literal["attention", "ffn", "constant"]
 """A place of a layer, or what a model costs beside its layers."""
 _METADATA_KEY = b"puzzle_dag"
-_FORMAT = 2
+_FORMAT = 3
 
 
 class CostTableError(ValueError):

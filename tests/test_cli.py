@@ -18,6 +18,7 @@ import yaml
 from ticking_engine import TickingEngine, is_leased
 
 from puzzle_dag import cli, doctor
+from puzzle_dag.costs.sizing import SizingCheck
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.engine.client import VllmMissingError
 from puzzle_dag.store import ArtifactStore, fingerprint
@@ -177,6 +178,21 @@ def test_precisions_are_tried_under_the_lease_of_the_device(root, monkeypatch, c
     monkeypatch.setattr("puzzle_dag.engine.precision.try_precisions", try_precisions)
     assert cli.main(["--root", str(root), "precisions", "--profile", "micro", "--json"]) == 0
     assert capsys.readouterr().out == "[]\n" and not is_leased(root)
+
+
+def test_capacity_says_both_batches_and_is_taken_under_the_lease(root, monkeypatch, capsys):
+    def check_sizing(shape, architecture, target, memory_share, *, progress):
+        assert is_leased(root) and [b.name for b in architecture] == ["kv4/w128"] * 2 and memory_share == 0.5
+        return SizingCheck(memory_bytes=2**30, engine_bytes=2**29, predicted_batch=41, reported_tokens=840, reported_batch=42)
+
+    monkeypatch.setattr("puzzle_dag.costs.sizing.check_sizing", check_sizing)
+    arguments = ["--root", str(root), "capacity", "--profile", "micro", "--target", "micro-eager", "--memory-share", "0.5"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "16 + 4 tokens that fit: 41 by arithmetic" in text and "sizing its KV cache itself: 42 (840 tokens)" in text
+    monkeypatch.undo()
+    assert cli.main([*arguments[:-1], "1.5"]) == 2
+    assert "the memory share is 1.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

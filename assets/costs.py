@@ -61,6 +61,8 @@ def _metadata(costs: "CostTable", comparisons: "list[Comparison]") -> dict[str, 
         "costs": table(rows),
         "picture": picture(_draw(costs), f"{costs.source} seconds a layer against batch size, prefill and decode apart"),
     }
+    if costs.source == "measured" and costs.target.engines_per_probe < 2:
+        shown["warning"] = "each model was measured in one engine: its noise is not known, and one disturbed engine is a wrong cost; set 2"
     if comparisons:
         shown["residuals"] = picture(residual_plot(comparisons), "predicted against measured, a point a model and batch size")
     return shown

@@ -37,15 +37,20 @@ def heldout_is_predicted(plan: Plan) -> Callable[[dg.AssetCheckExecutionContext,
         target = workspace.target_of(workspace.shelf.value("target_spec", context.partition_key))
         source = workspace.shelf.value("block_costs", context.partition_key).get("source", "measured")
         ask = f"set `heldout_models: {ENOUGH_MODELS}` in conf/targets/{target.name}.yaml"
-        if source != "measured":
+        if source == "analytic":
             return _not_checked(
                 f"the costs are {source}, and this machine has no engine to hold them against",
                 f"To have them checked, {ask} and refresh on a machine with {target.hardware}",
             )
-        if target.heldout_models == 0:
+        if source == "measured" and target.heldout_models == 0:
             return _not_checked("`heldout_models` of the target is 0", f"To have the costs checked, {ask}, and refresh")
-        found = read_rows(workspace.tables / "predictions" / f"{target.name}.parquet")
-        verdicts = judge(Comparison(**r) for r in found)
+        file = workspace.tables / "predictions" / f"{target.name}.parquet"
+        verdicts = judge(Comparison(**r) for r in (read_rows(file) if file.exists() else []))
+        if not verdicts and source == "imported":
+            return _not_checked(
+                "the imported file has no held-out models",
+                f"To have the costs checked, {ask} where the target is measured, and import the new file",
+            )
         if not verdicts:
             return _not_checked(
                 "every model of the search space is a probe",

@@ -27,13 +27,13 @@ from puzzle_dag.config import (
     read_foreign_scenario,
     read_scenario,
 )
+from puzzle_dag.lease import lease
 from puzzle_dag.preflight import list_placed_blocks, read_targets
 from puzzle_dag.scenario_checks import PlacedBlocks, check_scenario
 from puzzle_dag.search.foreign import read_foreign_library
 from puzzle_dag.search.foreign_candidates import ForeignLibraryError
 from puzzle_dag.search.foreign_scenario import check_foreign_scenario
 from puzzle_dag.store import write_atomically
-from resources.device import lease
 
 RETIRED = "retired"
 """Folder below conf/scenarios/ of the scenarios that no profile solves any more."""

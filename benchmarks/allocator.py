@@ -20,6 +20,7 @@ from puzzle_dag.costs.probes import serving_config
 from puzzle_dag.engine import environment
 from puzzle_dag.engine.client import run_engines
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
+from puzzle_dag.lease import lease_device
 from puzzle_dag.model.parent import read_parent_shape
 from puzzle_dag.preflight import resolve_spaces
 from puzzle_dag.report.tables import text_table
@@ -44,7 +45,7 @@ def main() -> None:
     for turn in range(args.turns):
         for kept in random.Random(turn).sample([False, True], 2):
             jobs = [EngineJob(name=n, config=c, settings=EngineSettings(), workload=workload) for n, c in configs.items()]
-            with mock.patch.dict(environment.KEEP_MEMORY, clear=not kept):
+            with lease_device(args.root), mock.patch.dict(environment.KEEP_MEMORY, clear=not kept):
                 for result in run_engines(jobs):
                     found.setdefault((result.name, kept), []).append(result)
     rows = []

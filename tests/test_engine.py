@@ -17,13 +17,17 @@ from transformers import AutoConfig
 from puzzle_dag.architecture import FFN, Attention, Block
 from puzzle_dag.children.serve import ServingError, measure_serving
 from puzzle_dag.config import ParentSource, Target
-from puzzle_dag.costs import measure
-from puzzle_dag.costs.fitting import CapacityCheck
+from puzzle_dag.costs import measure, sizing
+from puzzle_dag.costs.fitting import CapacityCheck, check_capacity, count_fitting_batch
 from puzzle_dag.costs.measure import PROBE_KIND, WorkloadTooLongError, measure_target
 from puzzle_dag.costs.memory import NumberTypes, kv_bytes_per_token, weight_bytes
+from puzzle_dag.costs.probes import serving_config
+from puzzle_dag.costs.sizing import check_sizing
+from puzzle_dag.costs.tabulate import Measurement
 from puzzle_dag.engine import client, hardware, watchdog, worker
-from puzzle_dag.engine.client import EngineFailedError, VllmMissingError, read_engine_version, run_engines
+from puzzle_dag.engine.client import VllmMissingError, read_engine_version, run_engines
 from puzzle_dag.engine.environment import KEEP_MEMORY, engine_environment
+from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.hardware import Hardware, HardwareMismatchError, check_hardware, detect_hardware, measure_matmul_rate
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
 from puzzle_dag.engine.kv_cache import size_kv_cache
@@ -253,7 +257,9 @@ def test_an_engine_keeps_the_memory_that_it_frees(monkeypatch):
     faults = [int(subprocess.run(command, env=e, capture_output=True, check=True).stdout) for e in (cpu, gpu)]
     assert 4 * faults[0] < faults[1], "48 MiB are 12,288 pages, 24 where the system hands out huge ones"
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "7")
-    assert engine_environment(replace(detect_hardware(), kind="cpu"))["MALLOC_MMAP_MAX_"] == "7"
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    environment = engine_environment(replace(detect_hardware(), kind="cpu"))
+    assert environment["MALLOC_MMAP_MAX_"] == "7" and "VLLM_CPU_KVCACHE_SPACE" not in environment, "we size the cache"
 
 
 def test_matmul_rate_is_that_of_a_product_timed_here():
@@ -328,6 +334,39 @@ def test_vllm_measures_only_what_is_missing(shape, tmp_path, monkeypatch):
     checked = [CapacityCheck(**c) for c in table.provenance.capacity]
     assert len(checked) == 5 and all(c.agrees and c.predicted_batch >= 2 for c in checked), checked
     assert table.provenance.engine_bytes is not None and table.provenance.engine_bytes > 100 * 2**20
+
+
+def test_vllms_own_caches_are_as_large_as_the_arithmetic_says(shape, family_parent_folder, monkeypatch):
+    """Real vLLM, one worker: a cache that it sizes itself in a share of the memory, and the caches of families with windows."""
+    target, names = make_target(input_length=96, output_length=32), ("kv4/w128", "kv2/linear", "kv1/noop", "noop/w64")
+    mixed = tuple(Block.parse(n) for n in names)
+    windowed = {f: to_puzzle_dag_config(AutoConfig.from_pretrained(family_parent_folder[f])) for f in ("mistral", "qwen2")}
+    settings, workload, results = EngineSettings.of(target), Workload.of(target), {}
+    further = [
+        EngineJob(name=f, config=json.loads(json.dumps(serving_config(s, mixed))), settings=settings, workload=workload)
+        for f, s in windowed.items()
+    ]
+
+    def together(jobs, **arguments):
+        found = run_engines([*jobs, *further], **arguments)
+        results.update({r.name: r for r in found[len(jobs) :]})
+        return found[: len(jobs)]
+
+    monkeypatch.setattr(sizing, "run_engines", together)
+    memory_bytes = detect_hardware().memory_bytes
+    found = check_sizing(shape, mixed, target, 1.5 * 2**30 / memory_bytes)
+    assert found.memory_bytes == pytest.approx(1.5 * 2**30) and found.engine_bytes > 100 * 2**20
+    assert 0.9 < found.predicted_batch / found.reported_batch < 1.02, found
+    blindly = count_fitting_batch(shape, mixed, target, found.memory_bytes)
+    assert blindly > 1.1 * found.reported_batch, "what the engine itself takes has to be set aside"
+
+    layouts = {f: set(serving_config(s, mixed)["layer_types"]) for f, s in windowed.items()}
+    assert layouts == {"mistral": {"sliding_attention"}, "qwen2": {"full_attention", "sliding_attention"}}
+    for family, its_shape in windowed.items():
+        (check,) = check_capacity(its_shape, target, [Measurement(mixed, results[family])])
+        assert check.agrees and check.reported_tokens >= 2 * 128, (family, check)
+    tokens = check_capacity(windowed["mistral"], target, [Measurement(mixed, results["mistral"])])[0].reported_tokens
+    assert int(results["mistral"].kv_concurrency) == tokens // (2 * 128), "one block for the request, one more for the window's edge"
 
 
 def test_vllm_serves_parent_and_child_in_turns(micro_parent_folder, shape, tmp_path):

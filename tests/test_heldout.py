@@ -109,7 +109,7 @@ def bench(tmp_path_factory, micro_parent_folder):
     shutil.copytree(CHECKOUT / "conf", root / "conf")
     shutil.copytree(micro_parent_folder, root / "parents" / "micro")
     with pytest.MonkeyPatch.context() as patch:
-        engine = TickingEngine()
+        engine = TickingEngine(leased_root=root)
         engine.install(patch)
         for _ in range(2):
             engine.jobs.clear()

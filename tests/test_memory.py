@@ -60,7 +60,7 @@ def test_number_types_of_a_target():
     assert NumberTypes.of(make_target()) == NumberTypes(2, 2, 2)
     assert NumberTypes.of(make_target(dtype="float32")) == NumberTypes(4, 4, 4)
     assert NumberTypes.of(make_target(kv_cache_dtype="fp8")) == NumberTypes(2, 2, 1)
-    assert NumberTypes.of(make_target(quantization="fp8")) == NumberTypes(2, 1, 2)
+    assert NumberTypes.of(make_target(quantization="fp8")) == NumberTypes(2, 1, 2, "matrix")
 
 
 @pytest.mark.parametrize(("field", "value"), [("quantization", "awq-ish"), ("kv_cache_dtype", "int3")])
@@ -74,4 +74,25 @@ def test_quantisation_shrinks_matrices_only(micro_parent_folder):
     types = NumberTypes.of(make_target(quantization="fp8"))
     assert count_weight_bytes(size_constant(shape), types) == 2 * size_constant(shape).parameters
     size = size_variant(shape, "ffn", "w128")
-    assert count_weight_bytes(size, types) == 3 * 64 * 128 + 2 * 64
+    assert count_weight_bytes(size, types) == 3 * 64 * 128 + 2 * 64 + 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("quantization", "attention_scales", "ffn_scales"),
+    [
+        ("fp8_per_tensor", 2, 2),  # the fused query, key and value, and the output; gate with up, and down
+        ("fp8_per_channel", (4 + 2 * 2) * 32 + 64, 2 * 160 + 64),
+        ("w8a8_int8", (4 + 2 * 2) * 32 + 64, 2 * 160 + 64),
+        ("fp8_per_block", 2 * 1 + 1 * 1, 3 * 1 + 1 * 2),  # 256 x 64 and 64 x 128; 320 x 64 and 64 x 160
+    ],
+)
+def test_scales_are_counted(micro_parent_folder, quantization, attention_scales, ffn_scales):
+    shape = to_puzzle_dag_config(AutoConfig.from_pretrained(micro_parent_folder))
+    types, plain = NumberTypes.of(make_target(quantization=quantization)), NumberTypes(2, 1, 2)
+    for place, name, num_scales in (("attention", "kv2", attention_scales), ("ffn", "w160", ffn_scales)):
+        size = size_variant(shape, place, name)
+        assert count_weight_bytes(size, types) == count_weight_bytes(size, plain) + 4 * num_scales
+    # On two GPUs a split output has half of the rows and with them of the scales, a summed one all of both.
+    if quantization == "w8a8_int8":
+        share = size_variant(shape, "ffn", "w160", 2)
+        assert count_weight_bytes(share, types) == count_weight_bytes(share, plain) + 4 * (160 + 64)

@@ -17,10 +17,10 @@ from assets.scenarios import add_scenario
 from assets.status import describe_status
 from puzzle_dag.config import ConfigError
 from puzzle_dag.engine.client import VllmMissingError
+from puzzle_dag.lease import lease
 from puzzle_dag.library import build
 from puzzle_dag.preflight import DiskFullError
 from puzzle_dag.search import score
-from resources.device import lease
 from resources.shelf import RecordMissingError, Shelf
 
 FIRST = ("corpus", "parent", "search_space", "tokens", "parent_activations")
@@ -177,14 +177,14 @@ def test_a_full_disk_is_found_before_anything_is_written(
 _HOLDER = """
 import sys, time
 from pathlib import Path
-from resources.device import lease
+from puzzle_dag.lease import lease
 with lease(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(1)
 """
 
 
-def test_the_device_is_leased_to_one_process(tmp_path: Path) -> None:
+def test_the_device_is_leased_to_one_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     lock = tmp_path / "lock"
     with subprocess.Popen([sys.executable, "-c", _HOLDER, str(lock)], stdout=subprocess.PIPE, text=True, cwd=CHECKOUT) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
@@ -192,6 +192,7 @@ def test_the_device_is_leased_to_one_process(tmp_path: Path) -> None:
         with lease(lock):
             waited_s = time.perf_counter() - start_s
     assert waited_s > 0.5 and other.returncode == 0
+    assert f"waiting for {lock}, which process {other.pid} (-c " in caplog.text, "it says for whom"
 
 
 def test_a_value_that_was_never_made_says_what_to_do(tmp_path: Path) -> None:

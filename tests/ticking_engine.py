@@ -1,5 +1,6 @@
 """An engine whose times are arithmetic, for tests of what is measured and what is not; the real one has its own tests."""
 
+import fcntl
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,11 +27,25 @@ def _layer_seconds(config: dict[str, Any]) -> float:
     return total
 
 
+def is_leased(root: Path) -> bool:
+    """Say whether somebody holds the device of a project."""
+    lock = root / "var" / "device.lock"
+    if not lock.exists():
+        return False
+    with lock.open() as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 @dataclass
 class TickingEngine:
-    """Takes the place of `run_engines` where it is called; `jobs` lists what was run."""
+    """Takes the place of `run_engines` where it is called; `jobs` lists what was run, all under the lease of `leased_root`'s device."""
 
     jobs: list[EngineJob] = field(default_factory=list)
+    leased_root: Path | None = None
 
     @property
     def probes(self) -> list[str]:
@@ -44,6 +59,7 @@ class TickingEngine:
         progress: Callable[[int, int, str], None] = lambda *_: None,
         **_: Any,
     ) -> list[EngineResult]:
+        assert not jobs or self.leased_root is None or is_leased(self.leased_root), "nothing else of ours may run meanwhile"
         results = []
         for job in jobs:
             config = job.config or json.loads((Path(job.folder or "") / "config.json").read_text())

@@ -1,4 +1,7 @@
-"""Were costs measured with the engine that serves? Another version or mode is told, or refused where the target is strict."""
+"""Were costs measured with the engine that serves? Another version or mode is told, or refused where the target is strict.
+
+The mode is eager or compiled, with the engine core in the same process or in one of its own.
+"""
 
 import logging
 import re
@@ -10,6 +13,7 @@ from puzzle_dag.engine.hardware import HardwareMismatchError, check_hardware, de
 
 log = logging.getLogger(__name__)
 
+_PROCESSES = {False: "in one process", True: "with the engine core in a process of its own"}
 _VERSION = re.compile(r"(?:(\S+) )?(\d+\.\d+\S*)")
 
 
@@ -60,6 +64,19 @@ def check_installed(target: Target, installed: str) -> None:
         )
 
 
+def find_multiprocess(table: CostTable) -> bool | None:
+    """Return whether the engines that measured a table had their core in a process of its own; None where that was not kept."""
+    if table.provenance is not None and table.provenance.multiprocess is not None:
+        return table.provenance.multiprocess
+    # What was measured here was measured as its target says; what was imported, as another target said.
+    return table.target.multiprocess if table.source == "measured" else None
+
+
+def describe_processes(multiprocess: bool | None) -> str:
+    """Return how engines ran, in words."""
+    return "whether in one process was not kept" if multiprocess is None else _PROCESSES[multiprocess]
+
+
 def check_agreement(table: CostTable, target: Target, serving_version: str | None) -> tuple[str, ...]:
     """Compare the engine that measured a table with the one that serves; log what differs, and return it.
 
@@ -79,6 +96,11 @@ def check_agreement(table: CostTable, target: Target, serving_version: str | Non
         differing.append(f"measured with {first.engine_version}, served by {serving_version}")
     if first.mode != target.mode:
         differing.append(f"measured {first.mode}, served {target.mode}")
+    multiprocess = find_multiprocess(table)
+    if multiprocess is None:
+        log.info("target %r: it was not kept whether its costs were measured with the engine core in a process of its own", target.name)
+    elif multiprocess != target.multiprocess:
+        differing.append(f"measured {_PROCESSES[multiprocess]}, served {_PROCESSES[target.multiprocess]}")
     if not differing:
         return ()
     message = f"target {target.name!r}: its costs were {'; and '.join(differing)}"

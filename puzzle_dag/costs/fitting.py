@@ -8,7 +8,7 @@ from puzzle_dag.config import Target
 from puzzle_dag.costs.memory import NumberTypes, count_kv_bytes_per_token, count_weight_bytes, size_model
 from puzzle_dag.costs.tabulate import Measurement
 from puzzle_dag.engine.hardware import Hardware
-from puzzle_dag.engine.kv_cache import count_largest_batch, predict_capacity_tokens
+from puzzle_dag.engine.kv_cache import count_largest_batch, count_reported_batch, predict_capacity_tokens
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 
@@ -47,23 +47,33 @@ def check_tensor_parallel(shape: PuzzleDagConfig, target: Target, attentions: It
             raise TensorParallelError(f"{where}: FFN {ffn.name} splits {width} channels, which don't divide evenly; {fix}")
 
 
-def count_fitting_batch(shape: PuzzleDagConfig, architecture: Architecture, target: Target, memory_bytes: int) -> int:
+def count_fitting_batch(
+    shape: PuzzleDagConfig, architecture: Architecture, target: Target, memory_bytes: int, *, engine_bytes: int = 0
+) -> int:
     """Return the largest batch of a target's lengths whose weights and KV cache fit into one GPU's memory, 0 where not one does.
 
-    Nothing is set aside for the engine itself: its constant is measured, not known before. A model without any attention
-    keeps no cache, so every batch fits; then the target's largest is returned.
+    A model without any attention keeps no cache, so every batch fits; then the target's largest is returned.
+
+    Args:
+        shape: the parent's configuration.
+        architecture: the model's blocks.
+        target: lengths, number types and tensor-parallel size.
+        memory_bytes: what the engine may take.
+        engine_bytes: what of it the engine itself takes, as it was measured (`Provenance.engine_bytes`); 0 before that.
     """
     size = size_model(shape, architecture, target.tensor_parallel_size)
     types = NumberTypes.of(target)
-    left = memory_bytes - count_weight_bytes(size, types)
+    left = memory_bytes - engine_bytes - count_weight_bytes(size, types)
     each = count_kv_bytes_per_token(size, types) * (target.input_length + target.output_length)
     if left < 0:
         return 0
     return left // each if each else max(target.batch_sizes)
 
 
-def check_memory(shape: PuzzleDagConfig, architectures: Iterable[Architecture], target: Target, hardware: Hardware) -> None:
-    """Check that each model's weights and the KV cache of the target's largest batch fit into the hardware's memory.
+def check_memory(
+    shape: PuzzleDagConfig, architectures: Iterable[Architecture], target: Target, hardware: Hardware, *, engine_bytes: int = 0
+) -> None:
+    """Check that each model's weights and the KV cache of the target's largest batch fit into what the engine leaves of the memory.
 
     Raises:
         BatchTooLargeError: names the target, what is needed and there, and the largest batch that would fit.
@@ -71,8 +81,9 @@ def check_memory(shape: PuzzleDagConfig, architectures: Iterable[Architecture], 
     if not hardware.memory_bytes:
         return
     batch = max(target.batch_sizes)
+    taken = f", of which the engine itself takes {engine_bytes / 2**30:.1f}" if engine_bytes else ""
     for architecture in architectures:
-        fitting = count_fitting_batch(shape, architecture, target, hardware.memory_bytes)
+        fitting = count_fitting_batch(shape, architecture, target, hardware.memory_bytes, engine_bytes=engine_bytes)
         if fitting >= batch:
             continue
         length, there = target.input_length + target.output_length, hardware.memory_bytes / 2**30
@@ -82,7 +93,7 @@ def check_memory(shape: PuzzleDagConfig, architectures: Iterable[Architecture], 
             fix = "its weights alone, or not one request more, don't fit: raise `tensor_parallel_size`, or quantise"
         raise BatchTooLargeError(
             f"target {target.name!r}: field `batch_sizes`: {batch} requests of {length} tokens to a model of {len(architecture)} layers "
-            f"don't fit into the {there:.1f} GiB of {hardware.name}; {fix}"
+            f"don't fit into the {there:.1f} GiB of {hardware.name}{taken}; {fix}"
         )
 
 
@@ -105,7 +116,7 @@ class CapacityCheck:
     predicted_batch: int
     """Largest batch of the target's lengths, from the prediction."""
     reported_batch: int
-    """Largest batch, from what the engine reports."""
+    """Largest batch by the engine's own word. vLLM reserves a block more a request where layers see a window."""
 
     @property
     def agrees(self) -> bool:
@@ -134,6 +145,6 @@ def check_capacity(shape: PuzzleDagConfig, target: Target, measured: Iterable[Me
             predicted_tokens=predicted,
             reported_tokens=result.kv_capacity_tokens,
             predicted_batch=count_largest_batch(predicted, length, result.kv_block_tokens),
-            reported_batch=count_largest_batch(result.kv_capacity_tokens, length, result.kv_block_tokens),
+            reported_batch=count_reported_batch(result, length),
         )
     return tuple(found.values())

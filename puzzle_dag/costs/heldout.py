@@ -6,7 +6,7 @@ Held-out models and probes are measured in the same rounds, so that a slow minut
 import random
 import statistics
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from puzzle_dag.architecture import FFN, NO_BLOCK, Architecture, Attention, Block
 from puzzle_dag.config import Target
@@ -159,7 +159,7 @@ def measure_and_compare(
     depth; every engine is stored like a probe, so a second call measures nothing.
 
     Returns:
-        The table, and one comparison a (probe or held-out model, batch size, phase).
+        The table, and one comparison a (probe or held-out model, batch size, phase), which the table's provenance has, too.
     """
     attentions, ffns = sorted({parent_block.attention, *attentions}), sorted({parent_block.ffn, *ffns})
     probes = [p.architecture for p in plan_target(shape, parent_block, target, attentions, ffns)]
@@ -172,5 +172,6 @@ def measure_and_compare(
     again = measure_models(shape, heldout, twice, store, remeasure=anew, progress=progress) if heldout else []
     table = measure_target(shape, parent_block, target, attentions, ffns, store)
     of_probes = set(probes)
-    rows = compare(table, [m for m in rounds if m.architecture in of_probes], "probe")
-    return table, rows + compare(table, again, "held out")
+    rows = compare(table, [m for m in rounds if m.architecture in of_probes], "probe") + compare(table, again, "held out")
+    assert table.provenance is not None  # it was measured, just now or before
+    return replace(table, provenance=replace(table.provenance, comparisons=tuple(asdict(r) for r in rows))), rows

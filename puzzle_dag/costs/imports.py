@@ -15,7 +15,7 @@ from typing import Any
 from puzzle_dag.architecture import FFN, Attention
 from puzzle_dag.config import Target
 from puzzle_dag.costs.agreement import check_agreement, find_serving_version, same_version
-from puzzle_dag.costs.provenance import digest_shape
+from puzzle_dag.costs.provenance import Provenance, digest_shape
 from puzzle_dag.costs.table import CONSTANT, PHASES, CostTable, CostTableError, sort_rows
 from puzzle_dag.engine.hardware import Hardware, HardwareMismatchError, check_hardware, detect_hardware
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
@@ -77,6 +77,17 @@ def _check_machine(table: CostTable, path: Path) -> None:
         ) from None
 
 
+def _complete(table: CostTable, provenance: Provenance) -> Provenance:
+    """Return the provenance with what an older version of this package told by the target alone, which is the one that was measured."""
+    return provenance if provenance.multiprocess is not None else dataclasses.replace(provenance, multiprocess=table.target.multiprocess)
+
+
+def _of_target(provenance: Provenance, target: Target) -> Provenance:
+    """Return the provenance with the comparisons of a target's batch sizes, under its name."""
+    kept = tuple({**c, "target": target.name} for c in provenance.comparisons if c["batch"] in target.batch_sizes)
+    return dataclasses.replace(provenance, comparisons=kept)
+
+
 def import_table(path: Path, store: ArtifactStore) -> CostTable:
     """Check a file that `puzzle-dag measure --out` wrote, keep it, and return it. One for the same target is replaced.
 
@@ -95,12 +106,13 @@ def import_table(path: Path, store: ArtifactStore) -> CostTable:
     _check_rows(table, path)
     _check_machine(table, path)
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    provenance = dataclasses.replace(table.provenance, imported_from=path.name, imported_at=now)
+    provenance = dataclasses.replace(_complete(table, table.provenance), imported_from=path.name, imported_at=now)
     kept = dataclasses.replace(table, provenance=provenance)
 
     def fill(folder: Path) -> str:
         kept.write(folder / _FILE)
-        return kept.digest
+        # A table's digest is that of its rows; what its held-out models tell is judged, too, so that it counts as another file.
+        return fingerprint([kept.digest, provenance.multiprocess, provenance.comparisons])
 
     inputs = _identify(table.target, provenance.shape_digest)
     store.write(IMPORT_KIND, fingerprint(inputs), fill, inputs=inputs, metadata={"file": path.name, "digest": kept.digest, "at": now})
@@ -144,7 +156,9 @@ def find_imported(
         if r.batch in target.batch_sizes and (r.place, r.variant) in pieces
     ]
     residuals = {k: v for k, v in table.residuals.items() if int(k.partition("/")[0]) in target.batch_sizes}
-    imported = CostTable(sort_rows(rows), target, table.num_engines, residuals, table.provenance)
+    assert table.provenance is not None  # nothing else is imported
+    provenance = _of_target(_complete(table, table.provenance), target)
+    imported = CostTable(sort_rows(rows), target, table.num_engines, residuals, provenance)
     check_agreement(imported, target, find_serving_version(target))
     log.info("target %s: costs imported from %s, measured on %s", target.name, found.metadata["file"], rows[0].hardware)
     return imported

@@ -15,7 +15,7 @@ from puzzle_dag.costs.memory import NumberTypes
 from puzzle_dag.costs.probes import Probe, plan_probes, serving_config
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.costs.tabulate import Measurement, fit_table
-from puzzle_dag.costs.trace import trace_provenance
+from puzzle_dag.costs.trace import measure_engine_bytes, trace_provenance
 from puzzle_dag.engine.client import read_engine_version, run_engines
 from puzzle_dag.engine.hardware import Hardware, HardwareMismatchError, check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
@@ -120,11 +120,12 @@ def measure_models(
     check_hardware(target, hardware)
     engine_version, architectures = read_engine_version(), list(architectures)
     check_installed(target, engine_version)
-    check_memory(shape, architectures, target, hardware)
     planned = _plan_jobs(shape, architectures, target, hardware, engine_version)
     inputs = {p.job.name: p.inputs for p in planned}
     stored = {} if remeasure else {key: found for key in inputs if (found := store.find(PROBE_KIND, key)) is not None}
     results = {key: EngineResult.from_json(artifact.metadata) for key, artifact in stored.items()}
+    before = [Measurement(p.architecture, results[p.job.name]) for p in planned if p.job.name in results]
+    check_memory(shape, architectures, target, hardware, engine_bytes=max(0, measure_engine_bytes(shape, target, before) or 0))
     jobs = [p.job for p in planned if p.job.name not in results]
     log.info("target %s: %d engines measured before, %d to run", target.name, len(results), len(jobs))
 

@@ -16,6 +16,11 @@ from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1}
 _QUANTIZED_BYTES = {"fp8": 1, "fp8_per_block": 1, "fp8_per_channel": 1, "fp8_per_tensor": 1, INT8: 1}
+Scales = Literal["none", "matrix", "row", "block"]
+"""What has a scale of its own in a quantised matrix; vLLM's `quantization/online/fp8.py` and `compressed_tensors_w8a8_int8.py`."""
+_SCALES: dict[str, Scales] = {"fp8": "matrix", "fp8_per_tensor": "matrix", "fp8_per_channel": "row", "fp8_per_block": "block", INT8: "row"}
+_SCALE_BYTES = 4
+_SCALE_BLOCK = 128
 
 
 class UnknownDtypeError(ValueError):
@@ -26,12 +31,18 @@ class UnknownDtypeError(ValueError):
 class Size:
     """What a piece of a model weighs."""
 
-    matrix_parameters: int = 0
-    """Numbers in the matrices of linear maps, which a quantisation shrinks."""
+    matrices: tuple[tuple[int, int], ...] = ()
+    """Rows (outputs) and columns (inputs) of the linear maps' matrices as the engine holds them, fused ones as one; a quantisation
+    shrinks these."""
     other_parameters: int = 0
     """Numbers in embeddings, norms, biases and the head, which it leaves alone."""
     kv_values_per_token: int = 0
     """Keys and values that a token leaves in the cache."""
+
+    @property
+    def matrix_parameters(self) -> int:
+        """Numbers in the matrices."""
+        return sum(rows * columns for rows, columns in self.matrices)
 
     @property
     def parameters(self) -> int:
@@ -40,7 +51,7 @@ class Size:
 
     def __add__(self, other: "Size") -> "Size":
         return Size(
-            self.matrix_parameters + other.matrix_parameters,
+            self.matrices + other.matrices,
             self.other_parameters + other.other_parameters,
             self.kv_values_per_token + other.kv_values_per_token,
         )
@@ -48,17 +59,16 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class NumberTypes:
-    """Bytes of a number in the weights, in quantised matrices and in the KV cache."""
+    """Bytes of a number in the weights, in quantised matrices and in the KV cache, and what of a quantised matrix has a scale."""
 
     weight: int = 2
     matrix: int = 2
     kv: int = 2
+    scales: Scales = "none"
 
     @staticmethod
     def of(target: Target) -> "NumberTypes":
         """Return the number types that a target serves with.
-
-        A quantisation's scales are not counted: one number a channel, under 0.1 % of a matrix with 2,000 rows or more.
 
         Raises:
             UnknownDtypeError: the target's `quantization` or `kv_cache_dtype` is none whose bytes are known here.
@@ -66,7 +76,12 @@ class NumberTypes:
         weight = _BYTES[target.dtype]
         matrix = weight if target.quantization is None else _look_up(_QUANTIZED_BYTES, target, "quantization", target.quantization)
         kv = weight if target.kv_cache_dtype == "auto" else _look_up(_BYTES, target, "kv_cache_dtype", target.kv_cache_dtype)
-        return NumberTypes(weight, matrix, kv)
+        return NumberTypes(weight, matrix, kv, "none" if target.quantization is None else _SCALES[target.quantization])
+
+    def count_scales(self, rows: int, columns: int) -> int:
+        """Return the scales of a matrix, float32 numbers that the engine keeps beside it."""
+        blocks = -(-rows // _SCALE_BLOCK) * -(-columns // _SCALE_BLOCK)
+        return {"none": 0, "matrix": 1, "row": rows, "block": blocks}[self.scales]
 
 
 def _look_up(known: dict[str, int], target: Target, field: str, name: str) -> int:
@@ -82,11 +97,12 @@ def size_attention(shape: PuzzleDagConfig, variant: Attention, tensor_parallel_s
         return Size()
     hidden, head_dim = shape.hidden_size, shape.head_dim
     if variant.kind == "linear":
-        return Size(hidden * hidden // tensor_parallel_size, hidden)
+        return Size(((hidden // tensor_parallel_size, hidden),), hidden)
     q_size = shape.num_attention_heads * head_dim // tensor_parallel_size
     kv_size = split_kv_heads(variant.kv_heads, tensor_parallel_size) * head_dim
     biases = (q_size + 2 * kv_size) * shape.qkv_bias + hidden * shape.o_bias
-    return Size(2 * hidden * (q_size + kv_size), hidden + biases + 2 * head_dim * shape.qk_norm, 2 * kv_size)
+    matrices = (q_size + 2 * kv_size, hidden), (hidden, q_size)
+    return Size(matrices, hidden + biases + 2 * head_dim * shape.qk_norm, 2 * kv_size)
 
 
 def size_ffn(shape: PuzzleDagConfig, variant: FFN, tensor_parallel_size: int = 1) -> Size:
@@ -95,15 +111,15 @@ def size_ffn(shape: PuzzleDagConfig, variant: FFN, tensor_parallel_size: int = 1
         return Size()
     hidden, width = shape.hidden_size, variant.intermediate_size // tensor_parallel_size
     if variant.kind == "linear":
-        return Size(hidden * hidden // tensor_parallel_size, hidden)
-    return Size(3 * hidden * width, hidden + (2 * width + hidden) * shape.mlp_bias)
+        return Size(((hidden // tensor_parallel_size, hidden),), hidden)
+    return Size(((2 * width, hidden), (hidden, width)), hidden + (2 * width + hidden) * shape.mlp_bias)
 
 
 def size_constant(shape: PuzzleDagConfig, tensor_parallel_size: int = 1) -> Size:
     """Return what a model weighs on one GPU beside its layers: embedding, final norm, and the head where it is not tied."""
     num_tables = 1 if shape.tie_word_embeddings else 2
     rows = -(-shape.vocab_size // tensor_parallel_size)
-    return Size(0, rows * shape.hidden_size * num_tables + shape.hidden_size)
+    return Size((), rows * shape.hidden_size * num_tables + shape.hidden_size)
 
 
 def size_model(shape: PuzzleDagConfig, architecture: Architecture, tensor_parallel_size: int = 1) -> Size:
@@ -124,8 +140,9 @@ def size_variant(shape: PuzzleDagConfig, place: Literal["attention", "ffn", "con
 
 
 def count_weight_bytes(size: Size, types: NumberTypes) -> int:
-    """Return the bytes of the weights."""
-    return size.matrix_parameters * types.matrix + size.other_parameters * types.weight
+    """Return the bytes of the weights, the scales of quantised ones included."""
+    num_scales = sum(types.count_scales(rows, columns) for rows, columns in size.matrices)
+    return size.matrix_parameters * types.matrix + size.other_parameters * types.weight + num_scales * _SCALE_BYTES
 
 
 def count_kv_bytes_per_token(size: Size, types: NumberTypes) -> int:

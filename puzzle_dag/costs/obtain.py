@@ -52,7 +52,7 @@ def obtain_costs(
     remeasure: bool = False,
     progress: Progress = silent,
 ) -> tuple[CostTable, list[Comparison]]:
-    """Return a target's costs and, where they were measured here, how well they predict probes and held-out models.
+    """Return a target's costs and how well they predict probes and held-out models, as measured here or where a file came from.
 
     Args:
         shape: the parent's configuration.
@@ -75,7 +75,8 @@ def obtain_costs(
         return measure_and_compare(shape, parent_block, target, attentions, ffns, store, remeasure=remeasure, progress=progress)
     try:
         # What was imported needs no engine.
-        return measure_target(shape, parent_block, target, attentions, ffns, store, progress=progress), []
+        table = measure_target(shape, parent_block, target, attentions, ffns, store, progress=progress)
+        return table, [Comparison(**c) for c in table.provenance.comparisons] if table.provenance is not None else []
     except HardwareMismatchError as error:
         if not analytic:
             raise UnmeasuredTargetError(f"{explain_unmeasured(target)} ({error})") from error

@@ -41,6 +41,10 @@ class Provenance:
     libraries included; on GPUs what was in use on one GPU."""
     capacity: tuple[dict[str, Any], ...] = ()
     """KV cache by arithmetic beside what the engine reported, an entry a model."""
+    multiprocess: bool | None = None
+    """Whether the engine core had a process of its own; None where an older version of this package measured."""
+    comparisons: tuple[dict[str, Any], ...] = ()
+    """Predicted against measured, as `Comparison` has it, of every probe and held-out model; none where it was not kept."""
     imported_from: str | None = None
     """Name of the file that was imported; None for what was measured here."""
     imported_at: str | None = None
@@ -49,7 +53,8 @@ class Provenance:
     @staticmethod
     def from_json(content: dict[str, Any]) -> "Provenance":
         """Read what `dataclasses.asdict` and JSON made of one. Raises TypeError or KeyError for anything else."""
-        return Provenance(**{**content, "capacity": tuple(content["capacity"])})
+        several = {name: tuple(content.get(name, ())) for name in ("capacity", "comparisons")}
+        return Provenance(**{**content, **several})
 
 
 def describe_shape(shape: PuzzleDagConfig) -> dict[str, Any]:

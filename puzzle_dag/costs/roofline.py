@@ -21,7 +21,7 @@ from puzzle_dag.engine.worker import count_prefill_tokens
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.piece_costs import Phase
 
-VERSION = 1
+VERSION = 2
 LAUNCH_S = {"eager": 5e-6, "compiled": 2e-6}
 """Assumption: seconds to launch a kernel, by mode; compiled stands for CUDA graphs."""
 STEP_S = 1e-3

@@ -40,4 +40,5 @@ def trace_provenance(shape: PuzzleDagConfig, target: Target, measured: list[Meas
         num_engines=len(measured),
         engine_bytes=measure_engine_bytes(shape, target, measured),
         capacity=tuple(asdict(c) for c in capacity),
+        multiprocess=target.multiprocess,
     )

@@ -4,66 +4,28 @@ import datetime
 import importlib.metadata
 import importlib.util
 import logging
-import shutil
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.hardware import Hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult
-from puzzle_dag.engine.watchdog import Attempt, log_path, read_tail
+from puzzle_dag.engine.queue import EngineQueue
+from puzzle_dag.engine.watchdog import Attempt
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.release import read_package_version
 
 log = logging.getLogger(__name__)
 
-_MOST_LOST_WORKERS = 3
 _SILENCE_LIMIT_S = {"eager": 300.0, "compiled": 1200.0}
 _SILENCE_LIMIT_MULTIPROCESS_S = 900.0
-_MEMORY_WORDS = ("OutOfMemoryError", "MemoryError", "out of memory", "No available memory for the cache blocks", "ran out of memory")
 
 
 class VllmMissingError(ValueError):
     """vLLM is not installed."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFailure:
-    """An engine that failed in each of its tries."""
-
-    name: str
-    """The job's name."""
-    reason: str
-    """What became of it the last time."""
-    log: Path | None
-    """Its log of the last time, kept; None where there is none."""
-    tail: str
-    """The log's last lines."""
-    num_tries: int
-    """How often it was tried."""
-
-    def describe(self) -> str:
-        """Return the failure as text: reason, what to do where memory ran out, and the log's last lines."""
-        told = f"{self.reason}\n{self.tail}"
-        fix = ""
-        if any(word in told for word in _MEMORY_WORDS):
-            fix = "\nIt ran out of memory: lower the target's `batch_sizes` or lengths, or free memory on this machine."
-        where = f" ({self.log})" if self.log is not None else ""
-        times = "twice" if self.num_tries == 2 else "once"
-        return f"engine {self.name!r} failed {times}: {self.reason}{fix}\n--- end of its log{where} ---\n{self.tail}"
-
-
-class EngineFailedError(RuntimeError):
-    """Engines failed or hung in each of their tries; all others were run first. The message ends with the tails of their logs."""
-
-    def __init__(self, failures: Sequence[EngineFailure], *, num_jobs: int, num_done: int) -> None:
-        """Say which failed and why, and how many of all gave results."""
-        self.failures = tuple(failures)
-        super().__init__("\n".join([*(f.describe() for f in self.failures), f"of {num_jobs} engines {num_done} gave results"]))
 
 
 def read_engine_version() -> str:
@@ -89,49 +51,6 @@ def _silence_limit_s(jobs: Sequence[EngineJob]) -> float:
     return max(multiprocess_s, *(_SILENCE_LIMIT_S[j.settings.mode] for j in jobs))
 
 
-class _Queue:
-    """Jobs that wait for an engine. What failed once waits behind all others; what failed twice is given up."""
-
-    def __init__(self, jobs: Sequence[EngineJob], scratch: Path, log_folder: Path, *, retry: bool) -> None:
-        self.retry = retry
-        self.waiting = deque(jobs)
-        self.failures: list[EngineFailure] = []
-        self.num_lost_workers = 0
-        self._failed_once: set[str] = set()
-        self._scratch, self._log_folder = scratch, log_folder
-
-    def settle(self, attempt: Attempt, *, any_result: bool) -> None:
-        """Put back the jobs that an attempt left without a result, those that it failed last."""
-        failed = [j for j in attempt.jobs.values() if j.name in attempt.failures]
-        untried = [j for j in attempt.jobs.values() if j.name not in attempt.failures]
-        self.num_lost_workers += bool(failed and (attempt.was_silent or not attempt.was_ready))
-        if not any_result and self.num_lost_workers >= _MOST_LOST_WORKERS:
-            # Not one engine runs here, and each further try may cost a whole limit of silence.
-            names = [j.name for j in failed]
-            self.failures = [self._keep_log(n, attempt.failures[n], attempt.worker_log, 2 if n in self._failed_once else 1) for n in names]
-            self.waiting.clear()
-            return
-        self.waiting.extendleft(reversed(untried))
-        for job in failed:
-            reason = attempt.failures[job.name]
-            if job.name in self._failed_once or not self.retry:
-                self.failures.append(self._keep_log(job.name, reason, attempt.worker_log, 2 if self.retry else 1))
-            else:
-                self._failed_once.add(job.name)
-                self.waiting.append(job)
-                log.warning("engine %r failed (%s); it is tried once more after the others", job.name, reason.strip())
-
-    def _keep_log(self, name: str, reason: str, worker_log: Path, num_tries: int) -> EngineFailure:
-        own = log_path(self._scratch, name)
-        source = own if own.is_file() and own.stat().st_size else worker_log
-        if not source.is_file():
-            return EngineFailure(name, reason.strip(), None, "", num_tries)
-        self._log_folder.mkdir(parents=True, exist_ok=True)
-        kept = self._log_folder / own.name
-        shutil.copy(source, kept)
-        return EngineFailure(name, reason.strip(), kept, read_tail(kept), num_tries)
-
-
 def run_engines(
     jobs: Sequence[EngineJob],
     *,
@@ -146,7 +65,8 @@ def run_engines(
     """Start each job's engine, one after another, time it, and return the results in the jobs' order.
 
     One worker imports vLLM once and forks for each engine, or with `process_each` each engine has a worker of its own.
-    A job that crashes, hangs or runs out of memory is tried once more when all others have run.
+    A job that crashes, hangs or runs out of memory is tried once more when all others have run. Where engines hang and none has
+    given a result, one of each other model is tried before the rest is given up (`EngineQueue`).
 
     Args:
         jobs: what to measure; names must differ, and all serve with the same `multiprocess`.
@@ -162,7 +82,8 @@ def run_engines(
     Raises:
         VllmMissingError: vLLM is not installed.
         EngineRefusedError: the engine can't run these jobs, whatever is tried; nothing was started.
-        EngineFailedError: jobs failed or hung twice; raised when all others are done; names each with its log.
+        EngineFailedError: jobs failed or hung twice; raised when all others are done; names each with its log, and what was
+            never tried where not one model ran.
     """
     if not jobs:
         return []
@@ -184,7 +105,7 @@ def run_engines(
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="puzzle-dag-worker-") as folder:
         scratch = Path(folder)
-        queue = _Queue(jobs, scratch, log_folder or Path(tempfile.gettempdir()) / f"puzzle-dag-logs-{scratch.name[-8:]}", retry=retry)
+        queue = EngineQueue(jobs, scratch, log_folder or Path(tempfile.gettempdir()) / f"puzzle-dag-logs-{scratch.name[-8:]}", retry=retry)
         while queue.waiting:
             taken = [queue.waiting.popleft() for _ in range(1 if process_each else len(queue.waiting))]
             attempt = Attempt(taken, scratch, limit_s, forked=not process_each)
@@ -192,5 +113,5 @@ def run_engines(
             queue.settle(attempt, any_result=bool(results))
     log.info("%d engines in %.1f s", len(results), time.perf_counter() - start)
     if queue.failures:
-        raise EngineFailedError(queue.failures, num_jobs=len(jobs), num_done=len(results))
+        raise EngineFailedError(queue.failures, num_jobs=len(jobs), num_done=len(results), never_tried=queue.never_tried)
     return [results[j.name] for j in jobs]

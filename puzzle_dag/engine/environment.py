@@ -20,6 +20,8 @@ def engine_environment(hardware: Hardware) -> dict[str, str]:
     take minutes where they need seconds, so they spin for some 50 us.
     """
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    # Gigabytes that would take the place of the cache that we size, or that an engine sizes itself.
+    environment.pop("VLLM_CPU_KVCACHE_SPACE", None)
     environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     environment.setdefault("GOMP_SPINCOUNT", "1000")
     if hardware.kind == "cpu":

@@ -63,9 +63,24 @@ def count_engine_threads() -> int:
     return int(given) if given.isdigit() and int(given) > 0 else count_usable_cores()
 
 
+def _read_node_bytes() -> int | None:
+    """Return the memory of the NUMA node of this process's first core; None where the system doesn't tell."""
+    core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    for node in Path(f"/sys/devices/system/cpu/cpu{core}").glob("node[0-9]*"):
+        try:
+            words = (Path("/sys/devices/system/node") / node.name / "meminfo").read_text().split()
+            return int(words[words.index("MemTotal:") + 1]) * 1024
+        except (OSError, ValueError, IndexError):
+            continue
+    return None
+
+
 def read_memory_bytes() -> int:
-    """Return the bytes of main memory that this process may use: the machine's, or its control group's limit where that is lower."""
-    num_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Return the bytes of main memory that an engine of this process may use.
+
+    That is the memory of one NUMA node, which vLLM binds an engine's to, or the control group's limit where that is lower.
+    """
+    num_bytes = _read_node_bytes() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             text = Path(path).read_text().strip()

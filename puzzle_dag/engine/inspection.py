@@ -17,6 +17,15 @@ def count_kv_bytes_per_token(worker: Any) -> float:
     return float(sum(spec.page_size_bytes / spec.block_size for spec in worker.get_kv_cache_spec().values()))
 
 
+def list_group_block_tokens(worker: Any) -> list[int]:
+    """Return the tokens of a block in each group of layers of a worker's KV cache; runs there.
+
+    Layers that see the same tokens are one group. Where some see all and some a window, vLLM makes several, whose blocks are as
+    many bytes and come out of one pool: a token then takes a share of a block in each.
+    """
+    return [int(group.kv_cache_spec.block_size) for group in worker.model_runner.kv_cache_config.kv_cache_groups]
+
+
 def _list_unquantized(worker: Any) -> list[str]:
     """Return the linear maps of an engine's worker that run unquantised; runs there."""
     from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod

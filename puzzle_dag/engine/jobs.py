@@ -74,6 +74,8 @@ class EngineJob:
     """What is timed."""
     seed: int = 0
     """Seed of the prompts' random token ids."""
+    memory_share: float | None = None
+    """Share of the memory that the engine may take, so that it sizes its KV cache itself; None gives it one for the largest batch."""
 
     def __post_init__(self) -> None:
         """Check that there is exactly one source of the model."""
@@ -125,7 +127,7 @@ class EngineResult:
     kv_bytes_per_token: int
     """Bytes of KV cache a token takes, from the engine's own cache layout, summed over the tensor-parallel workers."""
     kv_capacity_tokens: int
-    """Tokens the KV cache has room for."""
+    """Tokens the KV cache has room for, where none has left a layer's window yet."""
     peak_rss_bytes: int
     """Largest resident memory of the engine's process or of one of its children."""
     start_s: float
@@ -137,9 +139,12 @@ class EngineResult:
     num_threads: int
     """CPU threads of the engine (0 on GPUs)."""
     kv_cache_bytes: int | None = None
-    """Bytes that the engine was given for its KV cache, on one GPU; None where an older version of this package measured."""
+    """Bytes that the engine was given for its KV cache, on one GPU; None where it sized that itself (`EngineJob.memory_share`), or where
+    an older version of this package measured."""
     kv_block_tokens: int | None = None
     """Tokens of a block of that cache."""
+    kv_concurrency: float | None = None
+    """Requests of the workload's lengths that the engine says its cache holds at once; None where it or this package doesn't say."""
     device_bytes: int | None = None
     """Most memory in use on one GPU when the engine had run; None on CPUs."""
     driver: str | None = None

@@ -1,5 +1,7 @@
 """How much KV cache an engine is given, and how many tokens that holds by arithmetic, to be held against what the engine says."""
 
+from collections.abc import Iterable
+from fractions import Fraction
 from typing import Any
 
 from puzzle_dag.engine.jobs import EngineResult, EngineSettings, Workload
@@ -23,10 +25,10 @@ def split_kv_heads(kv_heads: int, tensor_parallel_size: int) -> int:
 def _kv_heads_of_layers(config: dict[str, Any]) -> list[int]:
     """Return each layer's KV heads, 0 where it keeps no cache.
 
-    Where layers see windows of different lengths, vLLM pads their caches to common pages, so each counts as the widest.
+    Where some layers see all tokens and some a window, vLLM pads their caches to common pages, so each counts as the widest.
     """
     widest = int(config.get("num_key_value_heads") or config["num_attention_heads"])
-    if config.get("sliding_window") or any(kind != "full_attention" for kind in config.get("layer_types") or ()):
+    if len(set(config.get("layer_types") or ())) > 1:
         return [widest] * config["num_hidden_layers"]
     own, heads = config.get("per_layer_config") or {}, []
     for index in range(config["num_hidden_layers"]):
@@ -52,6 +54,18 @@ def size_kv_cache(config: dict[str, Any], workload: Workload, kv_bytes_each: int
     return int(num_tokens * 2 * heads * head_dim * kv_bytes_each)
 
 
+def count_capacity_tokens(num_blocks: int, group_block_tokens: Iterable[int], block_tokens: int) -> int:
+    """Return the tokens that a KV cache holds, as the engine laid it out, where none has left a layer's window yet.
+
+    Args:
+        num_blocks: blocks of the whole pool.
+        group_block_tokens: tokens of a block in each group of layers; each draws its blocks from the pool.
+        block_tokens: what the result is rounded down to.
+    """
+    blocks_per_token = sum(Fraction(1, tokens) for tokens in group_block_tokens)
+    return int(num_blocks / blocks_per_token) // block_tokens * block_tokens if blocks_per_token else 0
+
+
 def predict_capacity_tokens(result: EngineResult, kv_bytes_per_token: int) -> int | None:
     """Return the tokens that an engine's KV cache should hold, by arithmetic; None where the measurement says too little.
 
@@ -67,3 +81,10 @@ def predict_capacity_tokens(result: EngineResult, kv_bytes_per_token: int) -> in
 def count_largest_batch(capacity_tokens: int, length: int, block_tokens: int) -> int:
     """Return how many sequences of `length` tokens a KV cache holds at once; each takes whole blocks."""
     return capacity_tokens // (-(-length // block_tokens) * block_tokens)
+
+
+def count_reported_batch(result: EngineResult, length: int) -> int:
+    """Return how many sequences of `length` tokens an engine's KV cache holds at once: by its own word, or by its tokens."""
+    if result.kv_concurrency is not None:
+        return int(result.kv_concurrency)
+    return count_largest_batch(result.kv_capacity_tokens, length, result.kv_block_tokens or 1)

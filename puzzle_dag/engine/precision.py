@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from puzzle_dag.engine.client import EngineFailedError, run_engines
+from puzzle_dag.engine.client import run_engines
+from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.hardware import Hardware
 from puzzle_dag.engine.int8 import INT8
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload

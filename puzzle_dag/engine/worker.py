@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from puzzle_dag.engine.inspection import check_precision, count_kv_bytes_per_token, read_device_bytes
+from puzzle_dag.engine.inspection import check_precision, count_kv_bytes_per_token, list_group_block_tokens, read_device_bytes
 from puzzle_dag.engine.int8 import INT8, int8_config, write_int8_checkpoint
 from puzzle_dag.engine.jobs import BatchTimes, EngineJob, Workload
-from puzzle_dag.engine.kv_cache import count_kv_bytes_each, size_kv_cache
+from puzzle_dag.engine.kv_cache import count_capacity_tokens, count_kv_bytes_each, size_kv_cache
 from puzzle_dag.engine.watchdog import describe_status, log_path
 
 _MAX_PREFILL_TOKENS = 16_384
@@ -83,10 +83,11 @@ def _read_config(job: EngineJob, scratch: Path) -> tuple[Path, dict[str, Any]]:
     return folder, json.loads((folder / "config.json").read_text())
 
 
-def _start_engine(job: EngineJob, folder: Path, kv_cache_bytes: int) -> Any:
+def _start_engine(job: EngineJob, folder: Path, kv_cache_bytes: int | None) -> Any:
     from vllm import LLM
 
     workload, settings = job.workload, job.settings
+    share = {} if job.memory_share is None else {"gpu_memory_utilization": job.memory_share}
     return LLM(
         model=str(folder),
         load_format="dummy" if job.folder is None else "safetensors",
@@ -102,6 +103,7 @@ def _start_engine(job: EngineJob, folder: Path, kv_cache_bytes: int) -> Any:
         max_num_seqs=max(workload.batch_sizes),
         max_num_batched_tokens=count_prefill_tokens(workload),
         kv_cache_memory_bytes=kv_cache_bytes,
+        **share,
         disable_log_stats=False,
         seed=0,
     )
@@ -144,7 +146,9 @@ def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
     settings = job.settings
     with tempfile.TemporaryDirectory(prefix="puzzle-dag-engine-") as scratch:
         folder, config = _read_config(job, Path(scratch))
-        kv_cache_bytes = size_kv_cache(config, job.workload, count_kv_bytes_each(settings), settings.tensor_parallel_size)
+        kv_cache_bytes = None
+        if job.memory_share is None:
+            kv_cache_bytes = size_kv_cache(config, job.workload, count_kv_bytes_each(settings), settings.tensor_parallel_size)
         start = time.perf_counter()
         llm = _start_engine(job, folder, kv_cache_bytes)
         start_s = time.perf_counter() - start
@@ -153,7 +157,7 @@ def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
         times = _time_batches(llm, job, config["vocab_size"], channel)
         kv_bytes = sum(llm.collective_rpc(count_kv_bytes_per_token))
         device_bytes = max(llm.collective_rpc(read_device_bytes))
-        cache = llm.llm_engine.vllm_config.cache_config
+        cache, groups = llm.llm_engine.vllm_config.cache_config, llm.collective_rpc(list_group_block_tokens)[0]
         if settings.multiprocess:
             llm.llm_engine.engine_core.shutdown()
         weight_bytes = None if job.folder is None else count_tensor_bytes(folder)
@@ -163,7 +167,9 @@ def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
         "times": [{"batch": t.batch, "prefill_s": t.prefill_s, "total_s": t.total_s} for t in times],
         "weight_bytes": weight_bytes,
         "kv_bytes_per_token": round(kv_bytes),
-        "kv_capacity_tokens": (cache.num_gpu_blocks or 0) * cache.block_size if kv_bytes else 0,
+        "kv_capacity_tokens": count_capacity_tokens(cache.num_gpu_blocks or 0, groups, cache.block_size) if kv_bytes else 0,
+        # None where a version of vLLM doesn't say it.
+        "kv_concurrency": getattr(cache, "kv_cache_max_concurrency", None) if kv_bytes else None,
         "kv_cache_bytes": kv_cache_bytes,
         "kv_block_tokens": cache.block_size,
         "device_bytes": round(device_bytes) or None,

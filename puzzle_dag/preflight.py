@@ -199,6 +199,13 @@ def check_refinable(scenario: Scenario, profile: Profile, *, file: Path | None =
         raise _wrong(scenario, file, "objective", f"can't be refined, for a child in the making isn't measured by it; {fix}")
 
 
+def check_budget(scenario: Scenario, profile: Profile, *, file: Path | None = None) -> None:
+    """Check that a child is healed on whole rows, or not at all. Raises ConfigError."""
+    given, row = scenario.uptrain.tokens, profile.tokens.row_length
+    if 0 < given < row:
+        raise _wrong(scenario, file, "uptrain.tokens", f"is {given}, less than one row of {row}; give 0, or at least {row}")
+
+
 def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> None:
     """Check a profile with all the files that it names, against its parent's shape.
 
@@ -216,6 +223,7 @@ def check_profile(conf: Path, profile: Profile, shape: "PuzzleDagConfig") -> Non
     for name in profile.scenarios:
         scenario = read_scenario(conf, name)
         check_refinable(scenario, profile, file=scenario_file(conf, name))
+        check_budget(scenario, profile, file=scenario_file(conf, name))
         for asked in (scenario, *read_earlier(conf, scenario).values()):
             file = scenario_file(conf, asked.name)
             check_scenario(asked, targets, file=file)

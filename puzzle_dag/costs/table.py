@@ -26,7 +26,7 @@ CONSTANT = "engine"
 CostPlace = Literal["attention", "ffn", "constant"]
 """A place of a layer, or what a model costs beside its layers."""
 _METADATA_KEY = b"puzzle_dag"
-_FORMAT = 2
+_FORMAT = 3
 
 
 class CostTableError(ValueError):
@@ -144,6 +144,15 @@ class CostTable:
         pieces = (self.piece_seconds("attention", b.attention.name, batch, phase) for b in architecture)
         others = (self.piece_seconds("ffn", b.ffn.name, batch, phase) for b in architecture)
         return self.constant_seconds(batch, phase) + sum(pieces) + sum(others)
+
+    def block_share(self, architecture: Architecture, batch: int, phase: Phase | None = None) -> float:
+        """Return the share of a model's predicted time that its blocks take, in a phase or over both; the rest is the constant.
+
+        Only that share can be saved by other blocks. Raises CostTableError for a variant that was not measured.
+        """
+        phases = PHASES if phase is None else (phase,)
+        constant = sum(self.constant_seconds(batch, p) for p in phases)
+        return 1 - constant / sum(self.seconds(architecture, batch, p) for p in phases)
 
     def to_piece_costs(self, shape: "PuzzleDagConfig") -> PieceCosts:
         """Return the table as the search sees it, for a parent of this shape (every layer alike)."""

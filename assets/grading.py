@@ -1,7 +1,7 @@
 """How good and how fast parent and children are: lm-eval's grades, and vLLM's times with real weights."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from resources.rows import write_rows
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
-    from puzzle_dag.children.retention import MeanRetention, Retention
+    from puzzle_dag.children.retention import MeanRetention, Perplexity, Retention
 
 _GRADING = ["puzzle_dag.children.evaluate", "puzzle_dag.children.tasks", "puzzle_dag.children.retention"]
 _SERVING = ["puzzle_dag.children.serve"]
@@ -31,6 +31,7 @@ _RESULTS = "results.json"
 def _grade(plan: Plan, workspace: Workspace, digest: str, checkpoint: Path | None) -> list[Any]:
     """Return the TaskResults of a checkpoint (of the parent where there is none), from the store where they are there."""
     from puzzle_dag.children.evaluate import TaskResult, evaluate_checkpoint, evaluate_model
+    from puzzle_dag.children.tasks import item_sources
 
     profile = plan.profile
     versions = {s: stage_version(s) for s in _GRADING[:2]}
@@ -39,6 +40,7 @@ def _grade(plan: Plan, workspace: Workspace, digest: str, checkpoint: Path | Non
         "model": digest,
         "accuracy": profile.accuracy.model_dump(),
         "corpus": plan.profile.corpus.model_dump(),
+        "items": item_sources(profile.accuracy.tasks),
         "seed": profile.seed,
     }
 
@@ -91,7 +93,17 @@ def _parent_accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     return parent_accuracy
 
 
-def retention_metadata(scenario: str, kept: "list[Retention]", mean: "MeanRetention", floor: float) -> dict[str, Any]:
+def _accuracy_rows(scenario: str, kept: "list[Retention]", text: "list[Perplexity]") -> list[dict[str, Any]]:
+    """Return the rows of the table: accuracies, then what is none, without chance and retention."""
+    from puzzle_dag.children.retention import Retention
+
+    columns = [f.name for f in fields(Retention)]
+    return [{"scenario": scenario, **{c: getattr(r, c, None) for c in columns}} for r in (*kept, *text)]
+
+
+def retention_metadata(
+    scenario: str, kept: "list[Retention]", text: "list[Perplexity]", mean: "MeanRetention", floor: float
+) -> dict[str, Any]:
     """Return what the UI shows of a child's grades; there are bars where the parent is better than chance at a task."""
     from puzzle_dag.report.pictures import retention_bars
 
@@ -101,6 +113,8 @@ def retention_metadata(scenario: str, kept: "list[Retention]", mean: "MeanRetent
         "mean_retention_stderr": mean.stderr if mean.stderr is not None else "undefined",
         "retention": table([{k: getattr(r, k) for k in shown} for r in kept]),
     }
+    if text:
+        metadata["perplexities"] = table([asdict(p) for p in text])
     bars = {r.task: (r.corrected, r.corrected_stderr or 0.0) for r in kept if r.corrected is not None}
     if bars:
         metadata["picture"] = picture(retention_bars(bars, floor=floor, title=scenario), "retention")
@@ -124,23 +138,30 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     )
     def accuracy(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         from puzzle_dag.children.evaluate import TaskResult
-        from puzzle_dag.children.retention import mean_retention, retention
+        from puzzle_dag.children.retention import mean_retention, perplexities, retention
 
         time, child = Stopwatch(), workspace.shelf.value("uptrained_child", context.partition_key)
         checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
         results = _grade(plan, workspace, child["digest"], checkpoint)
         parent = [TaskResult(**r) for r in json.loads((workspace.var / "grades" / "parent.json").read_text())]
-        kept = retention(parent, results)
+        kept, text = retention(parent, results), perplexities(parent, results)
         mean, rows = mean_retention(kept), [{"scenario": context.partition_key, **asdict(r)} for r in kept]
         floor = workspace.read_scenario(context.partition_key).retention_floor
-        value = {"uptrained_child": child["digest"], "results": _result_rows(results), "retention": rows, "mean": asdict(mean)}
+        value = {
+            "uptrained_child": child["digest"],
+            "results": _result_rows(results),
+            "retention": rows,
+            "mean": asdict(mean),
+            "perplexities": [asdict(p) for p in text],
+        }
+        path = workspace.tables / "accuracy" / f"{context.partition_key}.parquet"
         return materialised(
             context,
             plan,
             workspace,
             value,
-            files=[write_rows(workspace.tables / "accuracy" / f"{context.partition_key}.parquet", rows)],
-            metadata=retention_metadata(context.partition_key, kept, mean, floor),
+            files=[write_rows(path, _accuracy_rows(context.partition_key, kept, text))],
+            metadata=retention_metadata(context.partition_key, kept, text, mean, floor),
             time=time,
         )
 
@@ -191,6 +212,10 @@ def _serve(workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple
     return {"report": made.metadata, "key": made.folder.name}
 
 
+def _engine_peak_bytes(report: dict[str, Any]) -> int:
+    return max(m["peak_rss_bytes"] for m in report["models"])
+
+
 def _parent_serving_asset(plan: Plan) -> dg.AssetsDefinition:
     @dg.asset(
         **plan.options(
@@ -210,7 +235,8 @@ def _parent_serving_asset(plan: Plan) -> dg.AssetsDefinition:
         rows = [{"target": context.partition_key, **m} for m in report["models"]]
         files = [write_rows(workspace.tables / "parent_serving" / f"{context.partition_key}.parquet", rows)]
         metadata = {"served": table(rows), "hardware": report["hardware"], "engine_version": report["engine_version"]}
-        return materialised(context, plan, workspace, served, files=files, metadata=metadata, time=time)
+        peak = _engine_peak_bytes(report)
+        return materialised(context, plan, workspace, served, files=files, metadata=metadata, time=time, engine_peak_bytes=peak)
 
     return parent_serving
 
@@ -254,6 +280,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
                 "engine_version": report["engine_version"],
             },
             time=time,
+            engine_peak_bytes=_engine_peak_bytes(report),
         )
 
     return serving

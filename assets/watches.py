@@ -5,6 +5,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 
 - `cost_variants` hangs on every layer's space, but only on their union.
 - `run_scores` of a layer are those of the runs that begin at it, and `task_scores` grades these, too; no other run makes them stale.
+- `parent_accuracy` and `task_scores` may ask items that are drawn from the library of the Python that runs.
 - `block_costs` may be analytic only where a scenario that its target is one of the targets of says so, and nobody measured it.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `block_costs` takes what was imported for a target that this machine can't measure.
@@ -14,9 +15,8 @@ has another one, the refresh runs the asset again. For a configuration asset the
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from assets.foreign.plan import ForeignPlan
@@ -27,26 +27,13 @@ from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, with_earli
 from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE, digest_chat_template
 from puzzle_dag.preflight import list_cost_variants, list_placed_blocks, list_runs, read_targets, resolve_spaces
 from puzzle_dag.scenario_checks import check_scenario
-from puzzle_dag.store import digest_file, fingerprint, write_atomically
+from puzzle_dag.store import fingerprint
+from resources.file_digests import digest_files
 from resources.workspace import Workspace
 
 Watch = Callable[[Plan, Workspace, str | None], Any]
 
 _CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-
-
-def _digest_files(paths: list[Path], memory: Path) -> dict[str, str]:
-    """Return name -> digest; a file whose size and time of change are those of the last time is not read again."""
-    known = json.loads(memory.read_text()) if memory.exists() else {}
-    seen = {}
-    for path in paths:
-        stat = path.stat()
-        mark = f"{stat.st_size}/{stat.st_mtime_ns}"
-        old_mark, digest = known.get(str(path), ("", ""))
-        seen[str(path)] = (mark, digest if mark == old_mark else digest_file(path))
-    if seen != {k: tuple(v) for k, v in known.items()}:
-        write_atomically(memory, json.dumps(seen))
-    return {path.name: seen[str(path)][1] for path in paths}
 
 
 def watch_parent(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
@@ -58,7 +45,7 @@ def watch_parent(plan: Plan, workspace: Workspace, _: str | None = None) -> dict
     files = sorted({p for pattern in _CHECKPOINT_FILES for p in folder.glob(pattern)})
     # training.json and the like tell about the checkpoint; they are not the checkpoint. The children watch the chat template.
     files = [p for p in files if p.name not in ("training.json", "README.md", CHAT_TEMPLATE_FILE)]
-    return {"source": source.model_dump(), "files": _digest_files(files, workspace.var / "hashes" / "parent.json")}
+    return {"source": source.model_dump(), "files": digest_files(files, workspace.var / "hashes" / "parent.json")}
 
 
 def watch_corpus(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
@@ -73,7 +60,7 @@ def watch_corpus(plan: Plan, workspace: Workspace, _: str | None = None) -> dict
         paths = sorted(workspace.root_folder.glob(corpus.files))
         if not paths:
             raise ConfigError(f"corpus.files: {corpus.files} matches no file below the project's root; give another glob")
-        value["files"] = _digest_files(paths, workspace.var / "hashes" / "corpus.json")
+        value["files"] = digest_files(paths, workspace.var / "hashes" / "corpus.json")
     return value
 
 
@@ -94,6 +81,24 @@ def watch_run_scores(plan: Plan, workspace: Workspace, partition: str | None) ->
     assert partition is not None
     runs = list_runs(workspace.read_profile(), plan.shape, file=workspace.profile_file)
     return {"runs": [run.name for run in runs if run.first == layer_index(partition)]}
+
+
+def _watch_python(tasks: Collection[str]) -> dict[str, str]:
+    """Return Python's version where one of the tasks is drawn from its library, else {}."""
+    from puzzle_dag.corpus.stdlib import python_version
+
+    return {"python_version": python_version()} if any(t.startswith("stdlib_") for t in tasks) else {}
+
+
+def watch_parent_accuracy(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any] | None:
+    """Return Python's version where items are drawn from its library: a text corpus says nothing of it."""
+    return _watch_python(workspace.read_profile().accuracy.tasks) or None
+
+
+def watch_task_scores(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
+    """Return the runs that begin at one layer, and Python's version where items are drawn from its library."""
+    settings = workspace.read_profile().task_scores
+    return {**watch_run_scores(plan, workspace, partition), **_watch_python(settings.tasks if settings else ())}
 
 
 def watch_cost_variants(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
@@ -228,7 +233,8 @@ WATCHES: dict[str, Watch] = {
     "corpus": watch_corpus,
     "search_space": watch_search_space,
     "run_scores": watch_run_scores,
-    "task_scores": watch_run_scores,
+    "parent_accuracy": watch_parent_accuracy,
+    "task_scores": watch_task_scores,
     "cost_variants": watch_cost_variants,
     "target_spec": watch_target_spec,
     "block_costs": watch_costs_and_engine,
@@ -280,7 +286,8 @@ def watched_words(plan: Plan, asset: str, partition: str | None) -> str:
         "corpus": f"the corpus, its files or Python's version changed ({profile})",
         "search_space": f"{profile} changed",
         "run_scores": f"search_space.runs in {profile} changed",
-        "task_scores": f"search_space.runs in {profile} changed",
+        "parent_accuracy": "Python's version changed, whose library items are drawn from",
+        "task_scores": f"search_space.runs in {profile} changed, or Python's version, whose library items are drawn from",
         "cost_variants": f"{profile} changed",
         "target_spec": f"conf/targets/{partition}.yaml changed",
         "scenario_spec": f"conf/scenarios/{partition}.yaml changed",

@@ -46,6 +46,7 @@ def check_scenario(
     """
     file = file or scenario_file(conf, scenario.name)
     check_refinable(scenario, profile, file=file)
+    check_budget(scenario, profile, file=file)
     earlier = read_earlier(conf, scenario, file=file)
     for asked in (scenario, *earlier.values()):
         where = file if asked is scenario else scenario_file(conf, asked.name)
@@ -144,6 +145,13 @@ def check_scores(scenario: Scenario, profile: Profile, *, file: Path | None = No
             fix = f"{hint}To grade every block on it, write `task_scores: {{tasks: [{tasks}]}}` into conf/profiles/{profile.name}.yaml"
             why = f"names {unknown[0]!r}, which profile {profile.name} doesn't score; {fix}"
             raise _wrong(scenario, file, ("objective", field), why)
+
+
+def check_budget(scenario: Scenario, profile: Profile, *, file: Path | None = None) -> None:
+    """Check that a child is healed on whole rows, or not at all. Raises ConfigError."""
+    given, row = scenario.uptrain.tokens, profile.tokens.row_length
+    if 0 < given < row:
+        raise _wrong(scenario, file, ("uptrain", "tokens"), f"is {given}, less than one row of {row}; give 0, or at least {row}")
 
 
 def check_refinable(scenario: Scenario, profile: Profile, *, file: Path | None = None) -> None:

@@ -273,7 +273,7 @@ def test_engine_limits_never_serialise_a_batch():
     assert count_prefill_tokens(Workload(input_length=32_768, output_length=16, batch_sizes=(1,), repeats=2)) == 32_768
     config = {"num_attention_heads": 8, "hidden_size": 256, "num_hidden_layers": 3, "num_key_value_heads": 2}
     workload = Workload(input_length=240, output_length=16, batch_sizes=(16,), repeats=2)
-    assert size_kv_cache(config, workload, 2) >= 16 * 256 * 3 * 2 * 2 * 32 * 2
+    assert size_kv_cache(config, workload, EngineSettings()) >= 16 * 256 * 3 * 2 * 2 * 32 * 2
 
 
 def test_ratio_and_its_interval():

@@ -1,20 +1,24 @@
 """Load curves: whose turn it is, what an interrupted run goes on with, and what the points add up to."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from puzzle_dag.config import LoadCurveSettings, Target
 from puzzle_dag.engine.client import VllmMissingError
+from puzzle_dag.engine.int8 import INT8
 from puzzle_dag.report.load import LoadMark, load_curves
-from puzzle_dag.serving import curve
+from puzzle_dag.serving import curve, server
 from puzzle_dag.serving.curve import LoadCurveError, PredictedLoad, measure_load_curve
 from puzzle_dag.serving.load import LoadFailedError, LoadPoint, read_point
-from puzzle_dag.serving.server import serve_command
+from puzzle_dag.serving.server import serve, serve_command
 
 TARGET = Target(version=1, name="chat", hardware="local-cpu", mode="eager", input_length=64, output_length=11, batch_sizes=(1, 8))
 SETTINGS = LoadCurveSettings(concurrencies=(1, 4), rounds=2, turns=2)
@@ -156,6 +160,45 @@ def test_a_server_is_started_as_the_target_says_and_listens_to_this_machine_only
     assert (given["--quantization"], given["--tensor-parallel-size"], given["--dtype"]) == ("fp8", "2", "bfloat16")
     assert "--enforce-eager" in command and "--trust-remote-code" not in command
     assert "--enforce-eager" not in options(mode="compiled") and "--quantization" not in options()
+
+
+def test_a_server_of_several_gpus_gets_the_cache_of_one(micro_parent_folder: Path) -> None:
+    def cache_bytes(**changes: Any) -> int:
+        command = serve_command(micro_parent_folder, "fast", TARGET.model_copy(update=changes), 4, 8123)
+        return int(dict(itertools.pairwise(command))["--kv-cache-memory-bytes"])
+
+    whole = cache_bytes()
+    assert whole == (4 * 2 + 8) * 128 * 2 * 2 * 4 * 32 * 2  # tokens, keys and values, layers, heads, channels, bytes
+    assert (cache_bytes(tensor_parallel_size=2), cache_bytes(tensor_parallel_size=4)) == (whole // 2, whole // 4)
+    assert (cache_bytes(tensor_parallel_size=8), cache_bytes(kv_cache_dtype="fp8")) == (whole // 4, whole // 2)
+
+
+def test_an_int8_server_gets_an_int8_checkpoint_and_no_name_that_vllm_does_not_know(
+    micro_parent_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started:
+        """Looks at the command while the checkpoint that it names is there."""
+
+        def __init__(self, command: list[str], *_: Any) -> None:
+            self.command = command
+            self.config = json.loads((Path(command[4]) / "config.json").read_text())
+            self.tensors = load_file(Path(command[4]) / "model.safetensors")
+
+        def __enter__(self) -> "Started":
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(server, "Program", Started)
+    monkeypatch.setattr(server, "_wait_until_healthy", lambda *_: None)
+    for quantization in (INT8, None):
+        target = TARGET.model_copy(update={"quantization": quantization})
+        with serve(micro_parent_folder, "fast", target, max_concurrency=4) as running:
+            program: Any = running.program
+        assert "--quantization" not in program.command and INT8 not in program.command
+        weight = program.tensors["model.layers.0.mlp.up_proj.weight"]
+        assert (weight.dtype == torch.int8) == ("quantization_config" in program.config) == (quantization == INT8)
 
 
 def test_the_picture_has_a_line_a_model_and_its_predictions() -> None:

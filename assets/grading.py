@@ -150,13 +150,15 @@ def _predict(plan: Plan, workspace: Workspace, scenario: str, target: str) -> di
 
 def _serve(workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple[str, Path]], predicted: dict[str, Any]) -> dict[str, Any]:
     """Return a ServingReport as JSON and its key in the store: measured now or, for the same models and machine, before."""
-    from puzzle_dag.children.serve import measure_serving
+    from puzzle_dag.children.serve import FEWEST_ENGINES, measure_serving
     from puzzle_dag.engine.client import read_engine_version
     from puzzle_dag.engine.hardware import detect_hardware
 
     parent, target = workspace.load_parent(), workspace.target_of(spec)
+    engines = max(FEWEST_ENGINES, target.engines_per_probe + 1)
     inputs = {
         "version": stage_version(_SERVING[0]),
+        "engines": engines,
         "parent": parent.digest,
         "children": {name: digest for name, (digest, _) in children.items()},
         # How the costs are checked says nothing about how a model serves.
@@ -170,7 +172,7 @@ def _serve(workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple
             parent.folder,
             {name: checkpoint for name, (_, checkpoint) in children.items()},
             target,
-            engines=target.engines_per_probe + 1,
+            engines=engines,
             predicted_s=predicted,
             progress=ProgressLog(f"serving {', '.join(children) or 'parent'}"),
         )

@@ -289,7 +289,7 @@ def test_ratio_and_its_interval():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"engines": 1}, "engines is 1"),
+        ({"engines": 2}, "engines is 2; .* needs 3 or more"),
         ({"batch_sizes": [1, 3]}, r"batch sizes \[3\] are none of its own, \[1, 2\]"),
         ({"children": {"parent": Path()}}, "a child is named 'parent'"),
         ({"children": {"fast": Path("nowhere")}}, "fast: nowhere is no checkpoint"),
@@ -338,8 +338,8 @@ def test_vllm_serves_parent_and_child_in_turns(micro_parent_folder, shape, tmp_p
     save_checkpoint(child, parent.tokenizer, tmp_path / "child")
     target = make_target(dtype="float32")
     predicted = {"parent": {2: 0.2}, "small": {2: 0.1}}
-    report = measure_serving(micro_parent_folder, {"small": tmp_path / "child"}, target, engines=2, batch_sizes=[2], predicted_s=predicted)
-    assert [(m.model, m.batch, m.num_engines) for m in report.models] == [("parent", 2, 2), ("small", 2, 2)]
+    report = measure_serving(micro_parent_folder, {"small": tmp_path / "child"}, target, batch_sizes=[2], predicted_s=predicted)
+    assert [(m.model, m.batch, m.num_engines) for m in report.models] == [("parent", 2, 3), ("small", 2, 3)]
     served, types = report.of("small", 2), NumberTypes.of(target)
     assert served.weight_bytes == weight_bytes(shape, architecture, types) == count_tensor_bytes(tmp_path / "child")
     assert served.kv_bytes_per_token == kv_bytes_per_token(shape, architecture, types)

@@ -21,7 +21,7 @@ from puzzle_dag.serving.load import LoadFailedError, LoadPoint, read_point
 from puzzle_dag.serving.server import serve, serve_command
 
 TARGET = Target(version=1, name="chat", hardware="local-cpu", mode="eager", input_length=64, output_length=11, batch_sizes=(1, 8))
-SETTINGS = LoadCurveSettings(concurrencies=(1, 4), rounds=2, turns=2)
+SETTINGS = LoadCurveSettings(concurrencies=(1, 4), rounds=2, turns=3)
 
 
 def make_point(concurrency: int, tokens_per_s: float) -> LoadPoint:
@@ -83,8 +83,8 @@ def test_parent_and_child_take_turns_and_are_compared(micro_parent_folder: Path,
         predicted=predicted,
         progress=lambda done, *_: told.append(done),
     )
-    assert bench.servers == [("parent", 0, (1, 4)), ("fast", 0, (1, 4)), ("parent", 1, (1, 4)), ("fast", 1, (1, 4))]
-    assert told == list(range(9))
+    assert bench.servers == [(model, turn, (1, 4)) for turn in range(3) for model in ("parent", "fast")]
+    assert told == list(range(13))
     parent, _, child, wide = found.levels
     assert [(x.model, x.concurrency, x.num_requests) for x in found.levels] == [
         ("parent", 1, 2),
@@ -92,11 +92,11 @@ def test_parent_and_child_take_turns_and_are_compared(micro_parent_folder: Path,
         ("fast", 1, 2),
         ("fast", 4, 8),
     ]
-    assert parent.throughput_tokens_per_s == pytest.approx(105) and parent.speedup is None
+    assert parent.throughput_tokens_per_s == pytest.approx(110) and parent.speedup is None
     assert (parent.predicted_ttft_s, parent.predicted_tpot_s, parent.predicted_throughput_tokens_per_s) == (0.25, 0.05, 100.0)
     assert child.predicted_ttft_s is None and child.predicted_throughput_tokens_per_s is None
-    assert (child.speedup, child.speedup_low, child.speedup_high) == (pytest.approx(1.5),) * 3  # both are 10 % up in the second turn
-    assert wide.throughput_tokens_per_s == pytest.approx(630) and wide.ttft_p99_s > wide.ttft_median_s
+    assert (child.speedup, child.speedup_low, child.speedup_high) == (pytest.approx(1.5),) * 3  # both are 10 % up in each further turn
+    assert wide.throughput_tokens_per_s == pytest.approx(660) and wide.ttft_p99_s > wide.ttft_median_s
 
 
 def test_an_interrupted_run_goes_on_where_it_was(micro_parent_folder: Path, bench: Bench) -> None:
@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_where_it_was(micro_parent_folder: Path, benc
     assert sorted(kept) == [("fast", 0, 1), ("parent", 0, 1), ("parent", 0, 4)]
     bench.breaks_at, bench.servers = None, []
     found = measure_load_curve(micro_parent_folder, {"fast": micro_parent_folder}, TARGET, SETTINGS, **options)
-    assert bench.servers == [("fast", 0, (4,)), ("parent", 1, (1, 4)), ("fast", 1, (1, 4))] and len(found.levels) == 4
+    assert bench.servers == [("fast", 0, (4,)), *((m, turn, (1, 4)) for turn in (1, 2) for m in ("parent", "fast"))] and len(found.levels) == 4
 
 
 def test_bad_input_is_refused_before_a_server_starts(micro_parent_folder: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,6 +118,8 @@ def test_bad_input_is_refused_before_a_server_starts(micro_parent_folder: Path, 
         measure_load_curve(micro_parent_folder, {"fast": Path("nowhere")}, TARGET, SETTINGS)
     with pytest.raises(ValueError, match=r"\[4, 1\] must be positive and increasing"):
         LoadCurveSettings(concurrencies=(4, 1))
+    with pytest.raises(ValueError, match="turns\n  Input should be greater than or equal to 3"):
+        LoadCurveSettings(concurrencies=(1,), turns=2)
 
     def missing() -> str:
         raise VllmMissingError("vLLM is not installed")

@@ -22,7 +22,8 @@ from puzzle_dag.serving.speculate import SpeculationError, SpeculationFailedErro
 TARGET = Target(
     version=1, name="draft", hardware="local-cpu", mode="eager", dtype="float32", input_length=16, output_length=4, batch_sizes=(2,)
 )
-SETTINGS = SpeculationSettings(num_draft_tokens=3, batch_sizes=(1, 2), output_length=13, turns=2, repeats=1)
+# A turn less than may be asked for: what is tested here doesn't hang on the interval, and each engine takes seconds.
+SETTINGS = SpeculationSettings(num_draft_tokens=3, batch_sizes=(1, 2), output_length=13, repeats=1).model_copy(update={"turns": 2})
 PROMPTS = [list(range(20, 32)), list(range(40, 52))]
 
 
@@ -178,3 +179,5 @@ def test_engines_with_and_without_a_draft_model_are_of_the_targets_precision_and
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="must be positive and increasing"):
         SpeculationSettings(batch_sizes=(8, 1))
+    with pytest.raises(ValueError, match="greater than or equal to 3"):
+        SpeculationSettings(turns=2)

@@ -221,14 +221,16 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
         )
     )
     def serving(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        from puzzle_dag.serving.command import typed_command
+
         time, name = Stopwatch(), context.partition_key
         scenario, child = workspace.read_scenario(name), workspace.shelf.value("uptrained_child", name)
         spec, solution = workspace.shelf.value("target_spec", scenario.target), chosen_solution(plan, workspace, name)
         predicted = _predict(plan, workspace, name, scenario.target)
         checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
         served = _serve(workspace, spec, {name: (child["digest"], checkpoint)}, predicted)
-        report = served["report"]
-        met = constraint_rows(measured_constraints(scenario, workspace.target_of(spec), report, name, solution["batch"]))
+        report, target = served["report"], workspace.target_of(spec)
+        met = constraint_rows(measured_constraints(scenario, target, report, name, solution["batch"]))
         source = solution["notes"].get("costs", "measured")
         rows = [{"scenario": name, "target": scenario.target, "predicted_from": source, **m} for m in report["models"]]
         return materialised(
@@ -241,6 +243,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
                 "speedups": table(report["speedups"]),
                 "predicted_from": f"{source} costs",
                 "constraints": table(met),
+                "command": typed_command(checkpoint, target),
                 "served": table(report["models"]),
                 "hardware": report["hardware"],
                 "engine_version": report["engine_version"],

@@ -117,6 +117,7 @@ def test_an_interrupted_curve_goes_on_and_reaches_the_tables(project: Project, o
     assert [x["predicted_ttft_s"] is None for x in levels] == [True, False, True, False]
     assert project.rows("SELECT batch, acceptance_rate, tokens_per_step FROM speculation ORDER BY ALL") == [(1, 0.5, 2.5), (2, 0.5, 2.5)]
     page = read_page(project)
+    assert "/checkpoint --host 127.0.0.1 --dtype float32 --kv-cache-memory-bytes 1G --enforce-eager" in page
     assert "Under load" in page and "2.000 (2.000 to 2.000)" in page and "draft model" in page and "50.0%" in page
     assert project.refresh().ran == []
 

@@ -181,13 +181,15 @@ def _predict(plan: Plan, workspace: Workspace, scenario: str, target: str) -> di
 
 def _serve(workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple[str, Path]], predicted: dict[str, Any]) -> dict[str, Any]:
     """Return a ServingReport as JSON and its key in the store: measured now or, for the same models and machine, before."""
-    from puzzle_dag.children.serve import measure_serving
+    from puzzle_dag.children.serve import FEWEST_ENGINES, measure_serving
     from puzzle_dag.engine.client import read_engine_version
     from puzzle_dag.engine.hardware import detect_hardware
 
     parent, target = workspace.load_parent(), workspace.target_of(spec)
+    engines = max(FEWEST_ENGINES, target.engines_per_probe + 1)
     inputs = {
         "version": stage_version(_SERVING[0]),
+        "engines": engines,
         "parent": parent.digest,
         "children": {name: digest for name, (digest, _) in children.items()},
         # How the costs are checked says nothing about how a model serves.
@@ -201,7 +203,7 @@ def _serve(workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple
             parent.folder,
             {name: checkpoint for name, (_, checkpoint) in children.items()},
             target,
-            engines=target.engines_per_probe + 1,
+            engines=engines,
             predicted_s=predicted,
             progress=ProgressLog(f"serving {', '.join(children) or 'parent'}"),
         )
@@ -255,14 +257,16 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
         )
     )
     def serving(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
+        from puzzle_dag.serving.command import typed_command
+
         time, name = Stopwatch(), context.partition_key
         scenario, child = workspace.read_scenario(name), workspace.shelf.value("uptrained_child", name)
         spec, solution = workspace.shelf.value("target_spec", scenario.target), chosen_solution(plan, workspace, name)
         predicted = _predict(plan, workspace, name, scenario.target)
         checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
         served = _serve(workspace, spec, {name: (child["digest"], checkpoint)}, predicted)
-        report = served["report"]
-        met = constraint_rows(measured_constraints(scenario, workspace.target_of(spec), report, name, solution["batch"]))
+        report, target = served["report"], workspace.target_of(spec)
+        met = constraint_rows(measured_constraints(scenario, target, report, name, solution["batch"]))
         source = solution["notes"].get("costs", "measured")
         rows = [{"scenario": name, "target": scenario.target, "predicted_from": source, **m} for m in report["models"]]
         return materialised(
@@ -275,6 +279,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
                 "speedups": table(report["speedups"]),
                 "predicted_from": f"{source} costs",
                 "constraints": table(met),
+                "command": typed_command(checkpoint, target),
                 "served": table(report["models"]),
                 "hardware": report["hardware"],
                 "engine_version": report["engine_version"],

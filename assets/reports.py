@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from assets.children import loss_lines
+from assets.children import checkpoint_folder, loss_lines
 from assets.costs import block_share_rows, parent_architecture, parent_block, read_cost_table
 from assets.facts import frontier_points, ratio_points, read_chain, result_row
 from assets.online import ALTERNATIVES
@@ -122,6 +122,8 @@ def _speculation(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts | None:
     """Return all that is known of a scenario; None where it has no solution."""
+    from puzzle_dag.serving.command import typed_command
+
     # What is left of former times (the grades of a child that has been replaced) is not reported.
     chain = read_chain(plan, workspace, name)
     solution, spec, healed, served = chain.solution, chain.spec, chain.uptrained, chain.serving
@@ -150,6 +152,7 @@ def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts
         attentions=variants["attention"],
         ffns=variants["ffn"],
         served=_served(name, solution, served, target.input_length + target.output_length) if served else (),
+        command=typed_command(checkpoint_folder(workspace, "uptrained_child", healed), target) if healed else "",
         kl={stage: value["divergence"]["kl"]["mean"] for stage, value in stages.items() if value},
         tasks=_tasks(chain.accuracy or {}),
         perplexities=_perplexities(chain.accuracy or {}),

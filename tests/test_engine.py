@@ -279,7 +279,7 @@ def test_engine_limits_never_serialise_a_batch():
     assert count_prefill_tokens(Workload(input_length=32_768, output_length=16, batch_sizes=(1,), repeats=2)) == 32_768
     config = {"num_attention_heads": 8, "hidden_size": 256, "num_hidden_layers": 3, "num_key_value_heads": 2}
     workload = Workload(input_length=240, output_length=16, batch_sizes=(16,), repeats=2)
-    assert size_kv_cache(config, workload, 2) >= 16 * 256 * 3 * 2 * 2 * 32 * 2
+    assert size_kv_cache(config, workload, EngineSettings()) >= 16 * 256 * 3 * 2 * 2 * 32 * 2
 
 
 def test_ratio_and_its_interval():
@@ -295,7 +295,7 @@ def test_ratio_and_its_interval():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"engines": 1}, "engines is 1"),
+        ({"engines": 2}, "engines is 2; .* needs 3 or more"),
         ({"batch_sizes": [1, 3]}, r"batch sizes \[3\] are none of its own, \[1, 2\]"),
         ({"children": {"parent": Path()}}, "a child is named 'parent'"),
         ({"children": {"fast": Path("nowhere")}}, "fast: nowhere is no checkpoint"),
@@ -377,8 +377,8 @@ def test_vllm_serves_parent_and_child_in_turns(micro_parent_folder, shape, tmp_p
     save_checkpoint(child, parent.tokenizer, tmp_path / "child")
     target = make_target(dtype="float32")
     predicted = {"parent": {2: 0.2}, "small": {2: 0.1}}
-    report = measure_serving(micro_parent_folder, {"small": tmp_path / "child"}, target, engines=2, batch_sizes=[2], predicted_s=predicted)
-    assert [(m.model, m.batch, m.num_engines) for m in report.models] == [("parent", 2, 2), ("small", 2, 2)]
+    report = measure_serving(micro_parent_folder, {"small": tmp_path / "child"}, target, batch_sizes=[2], predicted_s=predicted)
+    assert [(m.model, m.batch, m.num_engines) for m in report.models] == [("parent", 2, 3), ("small", 2, 3)]
     served, types = report.of("small", 2), NumberTypes.of(target)
     assert served.weight_bytes == weight_bytes(shape, architecture, types) == count_tensor_bytes(tmp_path / "child")
     assert served.kv_bytes_per_token == kv_bytes_per_token(shape, architecture, types)

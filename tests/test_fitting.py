@@ -23,7 +23,7 @@ from puzzle_dag.costs.tabulate import Measurement
 from puzzle_dag.engine import hardware
 from puzzle_dag.engine.hardware import Hardware, HardwareMismatchError, check_hardware
 from puzzle_dag.engine.jobs import BatchTimes, EngineResult, EngineSettings, Workload
-from puzzle_dag.engine.kv_cache import count_capacity_tokens, count_kv_bytes_each, count_largest_batch, size_kv_cache
+from puzzle_dag.engine.kv_cache import count_capacity_tokens, count_largest_batch, size_kv_cache
 from puzzle_dag.model.families import to_puzzle_dag_config
 from puzzle_dag.model.parent import read_parent_shape
 from puzzle_dag.preflight import resolve_spaces
@@ -144,17 +144,19 @@ def test_the_cache_is_sized_by_each_layers_own_heads(shape):
     layers = ("kv4/w128", "kv1/noop", "linear/w128", "noop/w128")
     config = serving_config(shape, tuple(Block.parse(n) for n in layers))
     num_tokens = (16 * 3 + 8) * 128
-    assert size_kv_cache(config, workload, 2) == num_tokens * 2 * (4 + 1) * 32 * 2
-    assert size_kv_cache(config, workload, 2, 2) == num_tokens * 2 * (2 + 1) * 32 * 2
+    plain = EngineSettings()
+    assert size_kv_cache(config, workload, plain) == num_tokens * 2 * (4 + 1) * 32 * 2
+    assert size_kv_cache(config, workload, EngineSettings(tensor_parallel_size=2)) == num_tokens * 2 * (2 + 1) * 32 * 2
+    assert size_kv_cache(config, workload, EngineSettings(dtype="float32")) == num_tokens * 2 * (4 + 1) * 32 * 4
+    assert size_kv_cache(config, workload, EngineSettings(dtype="float32", kv_cache_dtype="fp8")) == num_tokens * 2 * (4 + 1) * 32
     windows = {**config, "sliding_window": 64, "layer_types": ["sliding_attention"] * 4}
-    assert size_kv_cache(windows, workload, 2) == size_kv_cache(config, workload, 2), "all alike, each by its own heads"
+    assert size_kv_cache(windows, workload, plain) == size_kv_cache(config, workload, plain), "all alike, each by its own heads"
     mixed = {**windows, "layer_types": ["full_attention", *["sliding_attention"] * 3]}
-    assert size_kv_cache(mixed, workload, 2) == num_tokens * 2 * 4 * 4 * 32 * 2
+    assert size_kv_cache(mixed, workload, plain) == num_tokens * 2 * 4 * 4 * 32 * 2
     assert count_capacity_tokens(27, [128], 128) == 27 * 128 and count_capacity_tokens(48, [128] * 4, 128) == 12 * 128
     assert count_capacity_tokens(48, [128, 256, 512], 128) == 27 * 128, "48 blocks, seven in 512 tokens"
     assert count_capacity_tokens(48, [], 128) == 0
-    assert size_kv_cache(serving_config(shape, (Block.parse("linear/w128"),)), workload, 2) > 0
-    assert count_kv_bytes_each(EngineSettings(kv_cache_dtype="fp8")) == 1 and count_kv_bytes_each(EngineSettings(dtype="float32")) == 4
+    assert size_kv_cache(serving_config(shape, (Block.parse("linear/w128"),)), workload, plain) > 0
 
 
 def make_result(**changes) -> EngineResult:

@@ -1,23 +1,27 @@
 """Load curves: whose turn it is, what an interrupted run goes on with, and what the points add up to."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from puzzle_dag.config import LoadCurveSettings, Target
 from puzzle_dag.engine.client import VllmMissingError
+from puzzle_dag.engine.int8 import INT8
 from puzzle_dag.report.load import LoadMark, load_curves
-from puzzle_dag.serving import curve
+from puzzle_dag.serving import curve, server
 from puzzle_dag.serving.curve import LoadCurveError, PredictedLoad, measure_load_curve
 from puzzle_dag.serving.load import LoadFailedError, LoadPoint, read_point
-from puzzle_dag.serving.server import serve_command
+from puzzle_dag.serving.server import serve, serve_command
 
 TARGET = Target(version=1, name="chat", hardware="local-cpu", mode="eager", input_length=64, output_length=11, batch_sizes=(1, 8))
-SETTINGS = LoadCurveSettings(concurrencies=(1, 4), rounds=2, turns=2)
+SETTINGS = LoadCurveSettings(concurrencies=(1, 4), rounds=2, turns=3)
 
 
 def make_point(concurrency: int, tokens_per_s: float) -> LoadPoint:
@@ -79,8 +83,8 @@ def test_parent_and_child_take_turns_and_are_compared(micro_parent_folder: Path,
         predicted=predicted,
         progress=lambda done, *_: told.append(done),
     )
-    assert bench.servers == [("parent", 0, (1, 4)), ("fast", 0, (1, 4)), ("parent", 1, (1, 4)), ("fast", 1, (1, 4))]
-    assert told == list(range(9))
+    assert bench.servers == [(model, turn, (1, 4)) for turn in range(3) for model in ("parent", "fast")]
+    assert told == list(range(13))
     parent, _, child, wide = found.levels
     assert [(x.model, x.concurrency, x.num_requests) for x in found.levels] == [
         ("parent", 1, 2),
@@ -88,11 +92,11 @@ def test_parent_and_child_take_turns_and_are_compared(micro_parent_folder: Path,
         ("fast", 1, 2),
         ("fast", 4, 8),
     ]
-    assert parent.throughput_tokens_per_s == pytest.approx(105) and parent.speedup is None
+    assert parent.throughput_tokens_per_s == pytest.approx(110) and parent.speedup is None
     assert (parent.predicted_ttft_s, parent.predicted_tpot_s, parent.predicted_throughput_tokens_per_s) == (0.25, 0.05, 100.0)
     assert child.predicted_ttft_s is None and child.predicted_throughput_tokens_per_s is None
-    assert (child.speedup, child.speedup_low, child.speedup_high) == (pytest.approx(1.5),) * 3  # both are 10 % up in the second turn
-    assert wide.throughput_tokens_per_s == pytest.approx(630) and wide.ttft_p99_s > wide.ttft_median_s
+    assert (child.speedup, child.speedup_low, child.speedup_high) == (pytest.approx(1.5),) * 3  # both are 10 % up in each further turn
+    assert wide.throughput_tokens_per_s == pytest.approx(660) and wide.ttft_p99_s > wide.ttft_median_s
 
 
 def test_an_interrupted_run_goes_on_where_it_was(micro_parent_folder: Path, bench: Bench) -> None:
@@ -104,7 +108,7 @@ def test_an_interrupted_run_goes_on_where_it_was(micro_parent_folder: Path, benc
     assert sorted(kept) == [("fast", 0, 1), ("parent", 0, 1), ("parent", 0, 4)]
     bench.breaks_at, bench.servers = None, []
     found = measure_load_curve(micro_parent_folder, {"fast": micro_parent_folder}, TARGET, SETTINGS, **options)
-    assert bench.servers == [("fast", 0, (4,)), ("parent", 1, (1, 4)), ("fast", 1, (1, 4))] and len(found.levels) == 4
+    assert bench.servers == [("fast", 0, (4,)), *((m, turn, (1, 4)) for turn in (1, 2) for m in ("parent", "fast"))] and len(found.levels) == 4
 
 
 def test_bad_input_is_refused_before_a_server_starts(micro_parent_folder: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +118,8 @@ def test_bad_input_is_refused_before_a_server_starts(micro_parent_folder: Path, 
         measure_load_curve(micro_parent_folder, {"fast": Path("nowhere")}, TARGET, SETTINGS)
     with pytest.raises(ValueError, match=r"\[4, 1\] must be positive and increasing"):
         LoadCurveSettings(concurrencies=(4, 1))
+    with pytest.raises(ValueError, match="turns\n  Input should be greater than or equal to 3"):
+        LoadCurveSettings(concurrencies=(1,), turns=2)
 
     def missing() -> str:
         raise VllmMissingError("vLLM is not installed")
@@ -156,6 +162,45 @@ def test_a_server_is_started_as_the_target_says_and_listens_to_this_machine_only
     assert (given["--quantization"], given["--tensor-parallel-size"], given["--dtype"]) == ("fp8", "2", "bfloat16")
     assert "--enforce-eager" in command and "--trust-remote-code" not in command
     assert "--enforce-eager" not in options(mode="compiled") and "--quantization" not in options()
+
+
+def test_a_server_of_several_gpus_gets_the_cache_of_one(micro_parent_folder: Path) -> None:
+    def cache_bytes(**changes: Any) -> int:
+        command = serve_command(micro_parent_folder, "fast", TARGET.model_copy(update=changes), 4, 8123)
+        return int(dict(itertools.pairwise(command))["--kv-cache-memory-bytes"])
+
+    whole = cache_bytes()
+    assert whole == (4 * 2 + 8) * 128 * 2 * 2 * 4 * 32 * 2  # tokens, keys and values, layers, heads, channels, bytes
+    assert (cache_bytes(tensor_parallel_size=2), cache_bytes(tensor_parallel_size=4)) == (whole // 2, whole // 4)
+    assert (cache_bytes(tensor_parallel_size=8), cache_bytes(kv_cache_dtype="fp8")) == (whole // 4, whole // 2)
+
+
+def test_an_int8_server_gets_an_int8_checkpoint_and_no_name_that_vllm_does_not_know(
+    micro_parent_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Started:
+        """Looks at the command while the checkpoint that it names is there."""
+
+        def __init__(self, command: list[str], *_: Any) -> None:
+            self.command = command
+            self.config = json.loads((Path(command[4]) / "config.json").read_text())
+            self.tensors = load_file(Path(command[4]) / "model.safetensors")
+
+        def __enter__(self) -> "Started":
+            return self
+
+        def __exit__(self, *_: Any) -> None:
+            pass
+
+    monkeypatch.setattr(server, "Program", Started)
+    monkeypatch.setattr(server, "_wait_until_healthy", lambda *_: None)
+    for quantization in (INT8, None):
+        target = TARGET.model_copy(update={"quantization": quantization})
+        with serve(micro_parent_folder, "fast", target, max_concurrency=4) as running:
+            program: Any = running.program
+        assert "--quantization" not in program.command and INT8 not in program.command
+        weight = program.tensors["model.layers.0.mlp.up_proj.weight"]
+        assert (weight.dtype == torch.int8) == ("quantization_config" in program.config) == (quantization == INT8)
 
 
 def test_the_picture_has_a_line_a_model_and_its_predictions() -> None:

@@ -25,7 +25,7 @@ from puzzle_dag.serving import curve, speculate
 from puzzle_dag.serving.load import LoadFailedError, LoadPoint
 
 SCENARIO = "micro-small"
-SETTINGS = {"load_curve": {"concurrencies": [1, 2], "rounds": 2, "turns": 2}, "speculation": {"batch_sizes": [1, 2], "output_length": 8}}
+SETTINGS = {"load_curve": {"concurrencies": [1, 2], "rounds": 2, "turns": 3}, "speculation": {"batch_sizes": [1, 2], "output_length": 8}}
 
 
 class Online:
@@ -88,7 +88,7 @@ def project(micro_parent_folder: Path, tmp_path_factory: pytest.TempPathFactory,
     """The micro profile with one scenario, refreshed while one load breaks."""
     made = make_project(tmp_path_factory.mktemp("online"), micro_parent_folder)
     made.edit(made.profile_file, scenarios=[SCENARIO], **SETTINGS)
-    online.breaks_at = (SCENARIO, 1, 2)
+    online.breaks_at = (SCENARIO, 2, 2)
     record = made.refresh()
     assert [str(o.item) for o in record.of("failed")] == [f"load_curve[{SCENARIO}]"]
     assert "LoadFailedError: the server ended" in record.of("failed")[0].reasons[0]
@@ -100,11 +100,11 @@ def read_page(project: Project) -> str:
 
 
 def test_an_interrupted_curve_goes_on_and_reaches_the_tables(project: Project, online: Online) -> None:
-    places = list(itertools.product((0, 1), ("parent", SCENARIO), (1, 2)))
+    places = list(itertools.product((0, 1, 2), ("parent", SCENARIO), (1, 2)))
     assert [(t, m, c) for m, t, c in online.loads] == places[:-1]  # the second attempt measured nothing again
     online.breaks_at, online.loads = None, []
     record = project.refresh()
-    assert record.ok and online.loads == [(SCENARIO, 1, 2)]
+    assert record.ok and online.loads == [(SCENARIO, 2, 2)]
     assert {i.partition("[")[0] for i in record.ran} == {"load_curve", "frontier", "tables"}
     assert project.rows("SELECT model, concurrency, speedup, source FROM load_curve ORDER BY ALL") == [
         (SCENARIO, 1, 2.0, "measured"),
@@ -117,6 +117,7 @@ def test_an_interrupted_curve_goes_on_and_reaches_the_tables(project: Project, o
     assert [x["predicted_ttft_s"] is None for x in levels] == [True, False, True, False]
     assert project.rows("SELECT batch, acceptance_rate, tokens_per_step FROM speculation ORDER BY ALL") == [(1, 0.5, 2.5), (2, 0.5, 2.5)]
     page = read_page(project)
+    assert "/checkpoint --host 127.0.0.1 --dtype float32 --kv-cache-memory-bytes 1G --enforce-eager" in page
     assert "Under load" in page and "2.000 (2.000 to 2.000)" in page and "draft model" in page and "50.0%" in page
     assert project.refresh().ran == []
 

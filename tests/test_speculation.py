@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 from puzzle_dag.architecture import Block
 from puzzle_dag.config import ParentSource, SpeculationSettings, Target
+from puzzle_dag.engine.int8 import INT8
 from puzzle_dag.model.checkpoint import child_config, save_checkpoint
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.model.parent import load_parent
@@ -20,7 +22,8 @@ from puzzle_dag.serving.speculate import SpeculationError, SpeculationFailedErro
 TARGET = Target(
     version=1, name="draft", hardware="local-cpu", mode="eager", dtype="float32", input_length=16, output_length=4, batch_sizes=(2,)
 )
-SETTINGS = SpeculationSettings(num_draft_tokens=3, batch_sizes=(1, 2), output_length=13, turns=2, repeats=1)
+# A turn less than may be asked for: what is tested here doesn't hang on the interval, and each engine takes seconds.
+SETTINGS = SpeculationSettings(num_draft_tokens=3, batch_sizes=(1, 2), output_length=13, repeats=1).model_copy(update={"turns": 2})
 PROMPTS = [list(range(20, 32)), list(range(40, 52))]
 
 
@@ -150,6 +153,31 @@ def test_the_worker_writes_an_engines_own_message(tmp_path: Path, monkeypatch: p
     assert json.loads((tmp_path / "0.json").read_text()) == {"error": "NotImplementedError: no drafts on abacuses"}
 
 
+@pytest.mark.parametrize(("quantization", "given"), [(INT8, None), ("fp8_per_channel", "fp8_per_channel"), (None, None)])
+def test_engines_with_and_without_a_draft_model_are_of_the_targets_precision_and_size(
+    twins: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str | None, given: str | None
+) -> None:
+    started: list[dict[str, Any]] = []
+
+    def start(*, model: str, speculative_config: dict[str, Any] | None, **arguments: Any) -> None:
+        folders = [model, *([speculative_config["model"]] if speculative_config else [])]
+        are_int8 = ["quantization_config" in json.loads((Path(f) / "config.json").read_text()) for f in folders]
+        assert are_int8 == [quantization == INT8] * len(folders)
+        started.append(arguments)
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start))
+    target = TARGET.model_copy(update={"quantization": quantization, "kv_cache_dtype": "fp8", "tensor_parallel_size": 4})
+    draft = {"model": str(twins[1]), "num_speculative_tokens": 3}
+    for turn, drafting in enumerate((None, draft)):
+        job = json.loads(json.dumps(speculate._job(twins[0], drafting, PROMPTS, target, SETTINGS)))
+        draft_worker._start_engine(job, tmp_path / str(turn))
+    assert [s["quantization"] for s in started] == [given] * 2 and {s["tensor_parallel_size"] for s in started} == {4}
+    of_one_gpu = (2 * 2 + 8) * 128 * 2 * 2 * 32  # tokens, keys and values, layers, channels: one of the four heads, a byte each
+    assert [s["kv_cache_memory_bytes"] for s in started] == [of_one_gpu, 2 * of_one_gpu]
+
+
 def test_settings_are_checked() -> None:
     with pytest.raises(ValueError, match="must be positive and increasing"):
         SpeculationSettings(batch_sizes=(8, 1))
+    with pytest.raises(ValueError, match="greater than or equal to 3"):
+        SpeculationSettings(turns=2)

@@ -20,6 +20,8 @@ VERSION = 2
 
 PARENT = "parent"
 """Name of the parent among the served models."""
+FEWEST_ENGINES = 3
+"""Engines of each model, at the least: the interval over two is 12.7 standard errors to each side, over three 4.3."""
 
 
 class ServingError(ValueError):
@@ -136,8 +138,8 @@ def _compare(child: str, batch: int, results: Mapping[str, Sequence[EngineResult
 
 
 def _check(parent_folder: Path, children: Mapping[str, Path], target: Target, engines: int, batch_sizes: Sequence[int]) -> None:
-    if engines < 2:
-        raise ServingError(f"engines is {engines}; a confidence interval needs 2 or more (3 is the default)")
+    if engines < FEWEST_ENGINES:
+        raise ServingError(f"engines is {engines}; a confidence interval that tells something needs {FEWEST_ENGINES} or more")
     if PARENT in children:
         raise ServingError(f"a child is named {PARENT!r}; give it another name")
     unknown = sorted(set(batch_sizes) - set(target.batch_sizes))
@@ -153,7 +155,7 @@ def measure_serving(
     children: Mapping[str, Path],
     target: Target,
     *,
-    engines: int = 3,
+    engines: int = FEWEST_ENGINES,
     batch_sizes: Sequence[int] | None = None,
     predicted_s: Mapping[str, Mapping[int, float]] | None = None,
     progress: Progress = silent,
@@ -170,7 +172,7 @@ def measure_serving(
         progress: called after each engine.
 
     Raises:
-        ServingError: a folder is no checkpoint, a batch size is none of the target's, or there are fewer than 2 engines.
+        ServingError: a folder is no checkpoint, a batch size is none of the target's, or there are fewer than 3 engines.
         VllmMissingError: vLLM is not installed.
         HardwareMismatchError: the target is for other hardware.
         EngineFailedError: an engine failed twice.

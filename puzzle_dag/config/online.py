@@ -18,8 +18,8 @@ class LoadCurveSettings(Settings):
     """Requests under way at any time. Those among the target's batch sizes have a prediction beside them."""
     rounds: int = Field(default=8, gt=0)
     """Requests of each concurrency, as a multiple of it."""
-    turns: int = Field(default=3, gt=1)
-    """Servers of each model, parent and child by turns."""
+    turns: int = Field(default=3, ge=3)
+    """Servers of each model, parent and child by turns; three or more, so that the interval over the turns tells something."""
 
     @field_validator("concurrencies")
     @classmethod
@@ -36,8 +36,8 @@ class SpeculationSettings(Settings):
     """Concurrent requests."""
     output_length: int = Field(default=64, gt=1)
     """Generated tokens a request."""
-    turns: int = Field(default=3, gt=1)
-    """Engines with and without the draft model, by turns."""
+    turns: int = Field(default=3, ge=3)
+    """Engines with and without the draft model, by turns; three or more, as above."""
     repeats: int = Field(default=3, gt=0)
     """Timed repeats an engine; the median counts."""
 

@@ -45,6 +45,20 @@ def int8_config(config: dict[str, Any]) -> dict[str, Any]:
     return {**config, "quantization_config": scheme}
 
 
+def quantization_argument(quantization: str | None) -> str | None:
+    """Return what vLLM's `quantization` argument gets for a target's: nothing for int8 W8A8, which the checkpoint itself says."""
+    return None if quantization == INT8 else quantization
+
+
+def prepare_checkpoint(folder: Path, quantization: str | None, out: Path) -> Path:
+    """Return the folder that vLLM loads a checkpoint from: for int8 W8A8 the int8 form, written into `out`; else `folder` itself.
+
+    Raises:
+        QuantizationError: as `write_int8_checkpoint`.
+    """
+    return write_int8_checkpoint(folder, out) if quantization == INT8 else folder
+
+
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Return a matrix [out, in] as int8 and its scales [out, 1] (float32): the largest magnitude of a row becomes 127."""
     numbers = weight.float()

@@ -11,7 +11,7 @@ _SPARE_BLOCKS = 8
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
-def count_kv_bytes_each(settings: EngineSettings) -> int:
+def _count_kv_bytes_each(settings: EngineSettings) -> int:
     """Return the bytes of a number in the KV cache. Raises KeyError for a type that is not known."""
     name = settings.dtype if settings.kv_cache_dtype == "auto" else settings.kv_cache_dtype
     return 1 if name.startswith("fp8") else _BYTES[name]
@@ -38,20 +38,19 @@ def _kv_heads_of_layers(config: dict[str, Any]) -> list[int]:
     return heads if any(heads) else [widest]
 
 
-def size_kv_cache(config: dict[str, Any], workload: Workload, kv_bytes_each: int, tensor_parallel_size: int = 1) -> int:
+def size_kv_cache(config: dict[str, Any], workload: Workload, settings: EngineSettings) -> int:
     """Return bytes of KV cache, on one GPU, that hold the largest batch of a model.
 
     Args:
         config: as in config.json; a child's `per_layer_config` says each layer's KV heads.
         workload: what is served. One spare block a sequence and 8 more cover the engine's own reserve.
-        kv_bytes_each: bytes of a number in the cache.
-        tensor_parallel_size: GPUs that the heads are spread over.
+        settings: the cache's number type, and the GPUs that its heads are spread over.
     """
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    heads = sum(split_kv_heads(h, tensor_parallel_size) for h in _kv_heads_of_layers(config))
+    heads = sum(split_kv_heads(h, settings.tensor_parallel_size) for h in _kv_heads_of_layers(config))
     blocks = -(-(workload.input_length + workload.output_length) // _BLOCK_TOKENS) + 1
     num_tokens = (max(workload.batch_sizes) * blocks + _SPARE_BLOCKS) * _BLOCK_TOKENS
-    return int(num_tokens * 2 * heads * head_dim * kv_bytes_each)
+    return int(num_tokens * 2 * heads * head_dim * _count_kv_bytes_each(settings))
 
 
 def count_capacity_tokens(num_blocks: int, group_block_tokens: Iterable[int], block_tokens: int) -> int:

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 
 from puzzle_dag.engine.inspection import check_precision, count_kv_bytes_per_token, list_group_block_tokens, read_device_bytes
-from puzzle_dag.engine.int8 import INT8, int8_config, write_int8_checkpoint
+from puzzle_dag.engine.int8 import INT8, int8_config, prepare_checkpoint, quantization_argument
 from puzzle_dag.engine.jobs import BatchTimes, EngineJob, Workload
-from puzzle_dag.engine.kv_cache import count_capacity_tokens, count_kv_bytes_each, size_kv_cache
+from puzzle_dag.engine.kv_cache import count_capacity_tokens, size_kv_cache
 from puzzle_dag.engine.watchdog import describe_status, log_path
 
 _MAX_PREFILL_TOKENS = 16_384
@@ -77,9 +77,7 @@ def _read_config(job: EngineJob, scratch: Path) -> tuple[Path, dict[str, Any]]:
         (scratch / "config.json").write_text(json.dumps(config))
         return scratch, config
     assert job.folder is not None
-    folder = Path(job.folder)
-    if job.settings.quantization == INT8:
-        folder = write_int8_checkpoint(folder, scratch)
+    folder = prepare_checkpoint(Path(job.folder), job.settings.quantization, scratch)
     return folder, json.loads((folder / "config.json").read_text())
 
 
@@ -93,8 +91,7 @@ def _start_engine(job: EngineJob, folder: Path, kv_cache_bytes: int | None) -> A
         load_format="dummy" if job.folder is None else "safetensors",
         skip_tokenizer_init=True,
         dtype=settings.dtype,
-        # vLLM reads int8 W8A8 off the configuration; every other name is an argument of its own.
-        quantization=None if settings.quantization == INT8 else settings.quantization,
+        quantization=quantization_argument(settings.quantization),
         kv_cache_dtype=settings.kv_cache_dtype,
         tensor_parallel_size=settings.tensor_parallel_size,
         enforce_eager=settings.mode == "eager",
@@ -146,9 +143,7 @@ def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
     settings = job.settings
     with tempfile.TemporaryDirectory(prefix="puzzle-dag-engine-") as scratch:
         folder, config = _read_config(job, Path(scratch))
-        kv_cache_bytes = None
-        if job.memory_share is None:
-            kv_cache_bytes = size_kv_cache(config, job.workload, count_kv_bytes_each(settings), settings.tensor_parallel_size)
+        kv_cache_bytes = size_kv_cache(config, job.workload, settings) if job.memory_share is None else None
         start = time.perf_counter()
         llm = _start_engine(job, folder, kv_cache_bytes)
         start_s = time.perf_counter() - start

@@ -113,6 +113,8 @@ class ScenarioFacts:
     """FFN variants that were on offer."""
     served: Sequence[ServedFact] = ()
     """What the engine measured."""
+    command: str = ""
+    """What serves the child in the mode and precision of its target."""
     kl: Mapping[str, float] = field(default_factory=dict)
     """KL(parent || child) in nats a held-out token, by stage: "assembled", "uptrained"."""
     tasks: Sequence[TaskFact] = ()
@@ -175,7 +177,8 @@ def _served(facts: ScenarioFacts) -> Section:
         predicted = "" if s.predicted is None else format_quantity(s.name, s.predicted)
         rows.append((s.name, format_quantity(s.name, s.parent), format_quantity(s.name, s.child), ratio, predicted))
     header = ("quantity", "parent", "child", "child / parent (95 % interval)", "child, predicted")
-    return Section("Served by the engine", tables=[Table(header, rows)] if rows else [])
+    told = [f"In the mode that its costs were measured in: {facts.command}"] if facts.command else []
+    return Section("Served by the engine", paragraphs=told, tables=[Table(header, rows)] if rows else [])
 
 
 def _quality(facts: ScenarioFacts) -> Section:

@@ -7,12 +7,14 @@ under a temporary name first. An engine that can't be made gives a result with t
 import gc
 import json
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
 from typing import Any
 
-from puzzle_dag.engine.jobs import Workload
+from puzzle_dag.engine.int8 import prepare_checkpoint, quantization_argument
+from puzzle_dag.engine.jobs import EngineSettings, Workload
 from puzzle_dag.engine.kv_cache import size_kv_cache
 from puzzle_dag.engine.worker import count_prefill_tokens
 from puzzle_dag.store import write_atomically
@@ -25,30 +27,33 @@ _COUNTERS = {
 _WARM_UP_TOKENS = 4
 
 
-def _start_engine(job: dict[str, Any]) -> Any:
+def _start_engine(job: dict[str, Any], scratch: Path) -> Any:
+    """Start a job's engine; what vLLM must load in another form than it lies there, it finds in `scratch`."""
     from vllm import LLM
 
-    settings, draft = job["settings"], job["draft"]
+    settings, draft = EngineSettings(**job["settings"]), job["draft"]
+    folder = prepare_checkpoint(Path(job["folder"]), settings.quantization, scratch / "parent")
+    if draft:
+        draft = {**draft, "model": str(prepare_checkpoint(Path(draft["model"]), settings.quantization, scratch / "child"))}
     prompt_length, batch = len(job["prompts"][0]), max(job["batch_sizes"])
     workload = Workload(input_length=prompt_length, output_length=job["output_length"], batch_sizes=(batch,), repeats=1)
     num_draft = draft["num_speculative_tokens"] if draft else 0
-    kv_bytes_each = 4 if settings["dtype"] == "float32" and settings["kv_cache_dtype"] == "auto" else 2
-    config = json.loads((Path(job["folder"]) / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
     return LLM(
-        model=job["folder"],
+        model=str(folder),
         load_format="safetensors",
         skip_tokenizer_init=True,
-        dtype=settings["dtype"],
-        quantization=settings["quantization"],
-        kv_cache_dtype=settings["kv_cache_dtype"],
-        tensor_parallel_size=settings["tensor_parallel_size"],
-        enforce_eager=settings["mode"] == "eager",
+        dtype=settings.dtype,
+        quantization=quantization_argument(settings.quantization),
+        kv_cache_dtype=settings.kv_cache_dtype,
+        tensor_parallel_size=settings.tensor_parallel_size,
+        enforce_eager=settings.mode == "eager",
         enable_prefix_caching=False,
         max_model_len=min(prompt_length + job["output_length"] + num_draft, config["max_position_embeddings"]),
         max_num_seqs=batch,
         max_num_batched_tokens=max(count_prefill_tokens(workload), batch * (1 + num_draft)),
         # A child never has more KV heads than its parent, so twice the parent's cache holds both.
-        kv_cache_memory_bytes=(2 if draft else 1) * size_kv_cache(config, workload, kv_bytes_each),
+        kv_cache_memory_bytes=(2 if draft else 1) * size_kv_cache(config, workload, settings),
         disable_log_stats=False,
         seed=0,
         speculative_config=draft,
@@ -77,7 +82,8 @@ def _generate(llm: Any, prompts: list[list[int]], num_tokens: int) -> tuple[floa
 
 
 def _measure(job: dict[str, Any]) -> dict[str, Any]:
-    llm = _start_engine(job)
+    with tempfile.TemporaryDirectory(prefix="puzzle-dag-draft-") as scratch:
+        llm = _start_engine(job, Path(scratch))
     batches, prompts = job["batch_sizes"], job["prompts"]
     for batch in batches:
         _generate(llm, prompts[:batch], min(job["output_length"], _WARM_UP_TOKENS))

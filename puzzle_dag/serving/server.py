@@ -14,7 +14,8 @@ from pathlib import Path
 from puzzle_dag.config import Target
 from puzzle_dag.engine.environment import engine_environment
 from puzzle_dag.engine.hardware import Hardware, detect_hardware
-from puzzle_dag.engine.jobs import Workload
+from puzzle_dag.engine.int8 import prepare_checkpoint, quantization_argument
+from puzzle_dag.engine.jobs import EngineSettings, Workload
 from puzzle_dag.engine.kv_cache import size_kv_cache
 from puzzle_dag.engine.worker import count_prefill_tokens
 from puzzle_dag.serving.program import Program
@@ -53,7 +54,7 @@ def serve_command(folder: Path, name: str, target: Target, max_concurrency: int,
     """Return the command line of `vllm serve` that serves a checkpoint as a target says.
 
     Args:
-        folder: the checkpoint.
+        folder: the checkpoint, in the target's precision (`puzzle_dag.engine.int8.prepare_checkpoint`).
         name: the model's name in requests.
         target: mode, types and lengths; prompt and answer fill the model's length.
         max_concurrency: requests that the KV cache holds and the scheduler runs at once.
@@ -61,7 +62,6 @@ def serve_command(folder: Path, name: str, target: Target, max_concurrency: int,
     """
     workload = Workload(input_length=target.input_length, output_length=target.output_length, batch_sizes=(max_concurrency,), repeats=1)
     config = json.loads((folder / "config.json").read_text())
-    kv_bytes_each = 1 if target.kv_cache_dtype.startswith("fp8") else 4 if target.dtype == "float32" else 2
     options = {
         "--host": HOST,
         "--port": port,
@@ -72,14 +72,14 @@ def serve_command(folder: Path, name: str, target: Target, max_concurrency: int,
         "--max-model-len": target.input_length + target.output_length,
         "--max-num-seqs": max_concurrency,
         "--max-num-batched-tokens": count_prefill_tokens(workload),
-        "--kv-cache-memory-bytes": size_kv_cache(config, workload, kv_bytes_each),
+        "--kv-cache-memory-bytes": size_kv_cache(config, workload, EngineSettings.of(target)),
         "--load-format": "safetensors",
         "--seed": 0,
     }
     flags = ["--no-enable-prefix-caching", *(["--enforce-eager"] if target.mode == "eager" else [])]
-    quantization = ["--quantization", target.quantization] if target.quantization else []
+    quantization = quantization_argument(target.quantization)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder.resolve())]
-    return [*command, *(str(x) for pair in options.items() for x in pair), *flags, *quantization]
+    return [*command, *(str(x) for pair in options.items() for x in pair), *flags, *(["--quantization", quantization] if quantization else [])]
 
 
 def _is_healthy(port: int) -> bool:
@@ -124,11 +124,13 @@ def serve(
         hardware: this machine, by default as detected.
 
     Raises:
+        QuantizationError: the target is int8 and the checkpoint can't be.
         ServerFailedError: it ended, or was not healthy in time.
     """
     port = find_free_port()
     with tempfile.TemporaryDirectory(prefix="puzzle-dag-server-") as scratch:
-        command = serve_command(folder, name, target, max_concurrency, port)
+        served = prepare_checkpoint(folder, target.quantization, Path(scratch) / "int8")
+        command = serve_command(served, name, target, max_concurrency, port)
         environment = engine_environment(hardware or detect_hardware())
         with Program(command, Path(scratch) / "server.log", environment) as program:
             _wait_until_healthy(program, port, start_limit_s)

@@ -5,6 +5,7 @@ same on every machine and no held-out file was ever trained on.
 """
 
 import hashlib
+import os
 import platform
 import sysconfig
 from collections.abc import Iterator
@@ -28,6 +29,15 @@ def split_of(relative_path: str) -> Split:
     return "heldout" if int.from_bytes(digest[:4], "big") % 100 < _HELDOUT_PERCENT else "train"
 
 
+def _modules_below(root: Path) -> list[Path]:
+    paths: list[Path] = []
+    for folder, subfolders, files in os.walk(root):
+        # Not even looked into: what is installed in site-packages is many times the library.
+        subfolders[:] = [name for name in subfolders if name not in _SKIPPED_FOLDERS]
+        paths += [Path(folder, name) for name in files if name.endswith(".py")]
+    return sorted(paths)
+
+
 def read_stdlib(split: Split, folder: Path | None = None) -> Iterator[tuple[str, str]]:
     """Yield `(relative path, text)` of the library's modules in `split`, in sorted order.
 
@@ -37,10 +47,10 @@ def read_stdlib(split: Split, folder: Path | None = None) -> Iterator[tuple[str,
     root = folder or Path(sysconfig.get_paths()["stdlib"])
     if not root.is_dir():
         raise FileNotFoundError(f"standard library folder {root} not found: this Python ships it as an archive; use a full CPython")
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        if _SKIPPED_FOLDERS.isdisjoint(relative.parts[:-1]) and split_of(relative.as_posix()) == split:
+    for path in _modules_below(root):
+        relative = path.relative_to(root).as_posix()
+        if split_of(relative) == split:
             try:
-                yield relative.as_posix(), path.read_text(encoding="utf-8")
+                yield relative, path.read_text(encoding="utf-8")
             except UnicodeDecodeError:  # a handful of files declare another encoding on purpose
                 continue

@@ -31,6 +31,7 @@ _RESULTS = "results.json"
 def _grade(plan: Plan, workspace: Workspace, digest: str, checkpoint: Path | None) -> list[Any]:
     """Return the TaskResults of a checkpoint (of the parent where there is none), from the store where they are there."""
     from puzzle_dag.children.evaluate import TaskResult, evaluate_checkpoint, evaluate_model
+    from puzzle_dag.children.tasks import item_sources
 
     profile = plan.profile
     versions = {s: stage_version(s) for s in _GRADING[:2]}
@@ -39,6 +40,7 @@ def _grade(plan: Plan, workspace: Workspace, digest: str, checkpoint: Path | Non
         "model": digest,
         "accuracy": profile.accuracy.model_dump(),
         "corpus": plan.profile.corpus.model_dump(),
+        "items": item_sources(profile.accuracy.tasks),
         "seed": profile.seed,
     }
 

@@ -6,6 +6,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 - `cost_variants` hangs on every layer's space, but only on their union.
 - `run_scores` of a layer are those of the runs that begin at it, and `task_scores` grades these, too; no other run makes them stale.
 - `block_costs` may be analytic only where a scenario that its target is one of the targets of says so, and nobody measured it.
+- `parent_accuracy` and `task_scores` may ask items that are drawn from the library of the Python that runs.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `block_costs` takes what was imported for a target that this machine can't measure.
 - `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.
@@ -14,7 +15,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,24 @@ def watch_run_scores(plan: Plan, workspace: Workspace, partition: str | None) ->
     assert partition is not None
     runs = list_runs(workspace.read_profile(), plan.shape, file=workspace.profile_file)
     return {"runs": [run.name for run in runs if run.first == layer_index(partition)]}
+
+
+def _watch_python(tasks: Collection[str]) -> dict[str, str]:
+    """Return Python's version where one of the tasks is drawn from its library, else {}."""
+    from puzzle_dag.corpus.stdlib import python_version
+
+    return {"python_version": python_version()} if any(t.startswith("stdlib_") for t in tasks) else {}
+
+
+def watch_parent_accuracy(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any] | None:
+    """Return Python's version where items are drawn from its library: a text corpus says nothing of it."""
+    return _watch_python(workspace.read_profile().accuracy.tasks) or None
+
+
+def watch_task_scores(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
+    """Return the runs that begin at one layer, and Python's version where items are drawn from its library."""
+    settings = workspace.read_profile().task_scores
+    return {**watch_run_scores(plan, workspace, partition), **_watch_python(settings.tasks if settings else ())}
 
 
 def watch_cost_variants(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
@@ -228,7 +247,8 @@ WATCHES: dict[str, Watch] = {
     "corpus": watch_corpus,
     "search_space": watch_search_space,
     "run_scores": watch_run_scores,
-    "task_scores": watch_run_scores,
+    "parent_accuracy": watch_parent_accuracy,
+    "task_scores": watch_task_scores,
     "cost_variants": watch_cost_variants,
     "target_spec": watch_target_spec,
     "block_costs": watch_costs_and_engine,
@@ -280,7 +300,8 @@ def watched_words(plan: Plan, asset: str, partition: str | None) -> str:
         "corpus": f"the corpus, its files or Python's version changed ({profile})",
         "search_space": f"{profile} changed",
         "run_scores": f"search_space.runs in {profile} changed",
-        "task_scores": f"search_space.runs in {profile} changed",
+        "parent_accuracy": "Python's version changed, whose library items are drawn from",
+        "task_scores": f"search_space.runs in {profile} changed, or Python's version, whose library items are drawn from",
         "cost_variants": f"{profile} changed",
         "target_spec": f"conf/targets/{partition}.yaml changed",
         "scenario_spec": f"conf/scenarios/{partition}.yaml changed",

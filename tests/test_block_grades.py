@@ -9,7 +9,7 @@ from puzzle_dag.architecture import FFN, Attention, Block, LayerSpace, Run
 from puzzle_dag.children import shared_prefix
 from puzzle_dag.children.assemble import build_child
 from puzzle_dag.children.block_grades import BlockGrade, Replacement, TaskScoreError, grade_blocks, list_replacements
-from puzzle_dag.children.evaluate import evaluate_model, make_result
+from puzzle_dag.children.evaluate import TaskResult, evaluate_model, make_result
 from puzzle_dag.children.shared_prefix import OtherRequestsError, SharedPrefix
 from puzzle_dag.config import BundledCorpus, ParentSource, TaskScoreSettings
 from puzzle_dag.model.parent import Parent, load_parent
@@ -93,6 +93,21 @@ def test_only_missing_grades_are_computed(parent: Parent, tmp_path: Path, monkey
     # The parent's own block is one model in every layer.
     own = grade(parent, replacements(parent, 1, tmp_path)[:1], tmp_path)
     assert [(g.value, g.block) for g in own] == [(g.value, g.block) for g in first[:2]] and {g.layer for g in own} == {1}
+
+
+def test_grades_of_another_library_are_not_those_of_todays(parent: Parent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = TaskScoreSettings(tasks=("skill_copy", "stdlib_cloze"), num_items=2)
+    asked, graded = replacements(parent, 0, tmp_path)[:1], list[tuple[str, ...]]()
+
+    def answer(model: object, tokenizer: object, names: tuple[str, ...], *_: object, **__: object) -> list[TaskResult]:
+        graded.append(names)
+        return [make_result(name, "acc", [1.0, 0.0], chance=0.25) for name in names]
+
+    monkeypatch.setattr("puzzle_dag.children.block_grades.evaluate_model", answer)
+    for text in ("a = 1", "a = 1", "b = 2"):
+        monkeypatch.setattr("puzzle_dag.children.tasks.read_stdlib_for", lambda _, text=text: iter([("m.py", text)]))
+        grade(parent, asked, tmp_path, settings=settings)
+    assert graded == [("skill_copy", "stdlib_cloze"), ("stdlib_cloze",)]
 
 
 def test_a_killed_run_goes_on(parent: Parent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

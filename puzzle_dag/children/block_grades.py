@@ -97,7 +97,7 @@ def _layer_states(parent: "Parent", replacement: Replacement) -> dict[int, Mappi
 
 
 def _grade_inputs(
-    parent: "Parent", replacement: Replacement, task: str, settings: TaskScoreSettings, corpus: BundledCorpus | TextCorpus
+    parent: "Parent", replacement: Replacement, task: str, settings: TaskScoreSettings, corpus: BundledCorpus | TextCorpus, items: Any
 ) -> dict[str, Any]:
     return {
         "versions": [VERSION, evaluate.VERSION, tasks.VERSION],
@@ -107,6 +107,7 @@ def _grade_inputs(
         "task": task,
         "settings": settings.model_dump(exclude={"tasks"}),
         "corpus": corpus.model_dump(),
+        "items": items,
     }
 
 
@@ -150,7 +151,8 @@ def grade_blocks(
         TaskScoreError: a task gives no accuracy.
         PieceMissingError: a variant was never made.
     """
-    keys = {(r.name, t): _grade_inputs(parent, r, t, settings, corpus) for r in replacements for t in settings.tasks}
+    items = {t: tasks.item_sources([t]) for t in settings.tasks}
+    keys = {(r.name, t): _grade_inputs(parent, r, t, settings, corpus, items[t]) for r in replacements for t in settings.tasks}
     grades: dict[tuple[str, str], BlockGrade] = {}
     for replacement in replacements:
         for task in settings.tasks:

@@ -15,8 +15,9 @@ from puzzle_dag.config import AccuracySettings, BundledCorpus, TextCorpus
 from puzzle_dag.model.checkpoint import load_checkpoint, register_auto_classes
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.progress import Progress, silent
+from puzzle_dag.store import fingerprint
 
-VERSION = 1
+VERSION = 2
 """Version of how results are read; part of the asset's code version."""
 
 _DEFAULT_WORLD_SEED = 7
@@ -48,6 +49,8 @@ class TaskResult:
     """Value of each item, in the order of the data."""
     weights: list[float] | None = None
     """Tokens or bytes of each document; None where every item counts the same."""
+    items_digest: str = ""
+    """Digest of what was asked, item by item; results are paired only where theirs are the same."""
 
     @property
     def is_accuracy(self) -> bool:
@@ -55,7 +58,15 @@ class TaskResult:
         return self.chance is not None
 
 
-def make_result(task: str, metric: str, per_item: list[float], *, chance: float | None, weights: list[float] | None = None) -> TaskResult:
+def make_result(
+    task: str,
+    metric: str,
+    per_item: list[float],
+    *,
+    chance: float | None,
+    weights: list[float] | None = None,
+    items_digest: str = "",
+) -> TaskResult:
     """Return a result with its mean and the standard error of a (weighted) mean.
 
     Raises:
@@ -70,7 +81,12 @@ def make_result(task: str, metric: str, per_item: list[float], *, chance: float 
     # of a ratio of sums (delta method); for equal weights the usual s / sqrt(n)
     spread = sum((w * (x - value)) ** 2 for w, x in zip(each, per_item, strict=True))
     stderr = math.sqrt(spread * num_items / (num_items - 1)) / total if num_items > 1 else math.nan
-    return TaskResult(task, metric, value, stderr, chance, num_items, per_item, weights)
+    return TaskResult(task, metric, value, stderr, chance, num_items, per_item, weights, items_digest)
+
+
+def _digest_items(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Return the digest of what lm-eval asked, in its order: every item's requests and the answer that counts as right."""
+    return fingerprint([[repr(s["arguments"]), repr(s.get("target"))] for s in samples])
 
 
 def _graded_result(task: str, samples: Sequence[Mapping[str, Any]]) -> TaskResult:
@@ -81,7 +97,7 @@ def _graded_result(task: str, samples: Sequence[Mapping[str, Any]]) -> TaskResul
     kept = [s for s in samples if s["filter"] == first_filter]
     is_choice = all(len(s["arguments"]) > 1 for s in kept)
     chance = sum(1 / len(s["arguments"]) for s in kept) / len(kept) if is_choice else 0.0
-    return make_result(task, metric, [float(s[metric]) for s in kept], chance=chance)
+    return make_result(task, metric, [float(s[metric]) for s in kept], chance=chance, items_digest=_digest_items(kept))
 
 
 def _perplexity_results(task: str, samples: Sequence[Mapping[str, Any]], tokenizer: Any) -> list[TaskResult]:
@@ -89,11 +105,11 @@ def _perplexity_results(task: str, samples: Sequence[Mapping[str, Any]], tokeniz
     nats = [-float(s["filtered_resps"][0]) for s in samples]
     num_tokens = [float(len(ids)) for ids in tokenizer(texts)["input_ids"]]
     num_bytes = [float(len(t.encode())) for t in texts]
+    measures = (("nats_per_token", num_tokens, 1.0), ("bits_per_byte", num_bytes, math.log(2)))
+    digest = _digest_items(samples)
     return [
-        make_result(task, "nats_per_token", [x / n for x, n in zip(nats, num_tokens, strict=True)], chance=None, weights=num_tokens),
-        make_result(
-            task, "bits_per_byte", [x / n / math.log(2) for x, n in zip(nats, num_bytes, strict=True)], chance=None, weights=num_bytes
-        ),
+        make_result(task, metric, [x / n / unit for x, n in zip(nats, sizes, strict=True)], chance=None, weights=sizes, items_digest=digest)
+        for metric, sizes, unit in measures
     ]
 
 

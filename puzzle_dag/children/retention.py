@@ -81,6 +81,11 @@ def _pair(parent: TaskResult, child: TaskResult) -> Retention:
             f"task {parent.task}: the parent answered {parent.num_items} items (chance {parent.chance}), "
             f"the child {child.num_items} (chance {child.chance}); grade both with the same settings"
         )
+    if parent.items_digest != child.items_digest:
+        raise UnpairedResultsError(
+            f"task {parent.task}: the child was asked other items than its parent, as happens when Python or a data set was updated "
+            "in between; grade all again (python -m assets refresh --regrade)"
+        )
     assert parent.chance is not None
     raw = paired_ratio(child.per_item, parent.per_item)
     corrected = paired_ratio(child.per_item, parent.per_item, parent.chance)

@@ -9,7 +9,7 @@ import json
 import keyword
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,17 @@ class TaskFiles:
 def is_local(name: str) -> bool:
     """Say whether a task is one of ours; every other name is looked up among lm-eval's own."""
     return name.startswith(BUNDLED_TASK_PREFIXES)
+
+
+def item_sources(names: Collection[str]) -> dict[str, str]:
+    """Return what the items of local tasks are drawn from, beside this module's VERSION, their settings and seeds.
+
+    That is the digest of the library's files for grading, where one of the tasks is drawn from them: another Python has
+    another library, and then the same settings give other items. It takes a third of a second; drawing the items takes many.
+    """
+    if not {CLOZE, PERPLEXITY} & set(names):
+        return {}
+    return {"library": fingerprint([[name, fingerprint(text)] for name, text in read_stdlib_for("grade")])}
 
 
 def skill_items(name: str, num_items: int, world_seed: int, seed: int) -> list[Item]:

@@ -1,13 +1,24 @@
 """The parent's side: token rows, hidden states, and how good and fast it is itself."""
 
+from typing import TYPE_CHECKING
+
 import dagster as dg
 
 from assets.materialise import Stopwatch, files_below, materialised
 from assets.plan import Plan
+from puzzle_dag.config import TokenBudgets
 from puzzle_dag.progress import ProgressLog
 from resources.workspace import Workspace
 
+if TYPE_CHECKING:
+    from puzzle_dag.corpus.tokens import Purpose
+
 _HELDOUT_TOKENS = 16_384
+
+
+def token_budgets(budgets: TokenBudgets) -> "dict[Purpose, int]":
+    """Return the tokens that the asset `tokens` takes, by purpose."""
+    return {"train": budgets.activations, "score": budgets.scores, "heldout": min(budgets.activations, _HELDOUT_TOKENS)}
 
 
 def _tokens_asset(plan: Plan) -> dg.AssetsDefinition:
@@ -29,18 +40,17 @@ def _tokens_asset(plan: Plan) -> dg.AssetsDefinition:
         from puzzle_dag.store import digest_tensors, write_tensor_file
 
         time, parent = Stopwatch(), workspace.load_parent()
-        sizes = {"train": budgets.activations, "score": budgets.scores, "heldout": min(budgets.activations, _HELDOUT_TOKENS)}
         rows = {
             purpose: build_tokens(
                 plan.profile.corpus,
                 parent.tokenizer,
                 num_tokens=num_tokens,
                 row_length=budgets.row_length,
-                purpose=purpose,  # type: ignore[arg-type]
+                purpose=purpose,
                 seed=seed,
                 root=plan.root,
             )
-            for purpose, num_tokens in sizes.items()
+            for purpose, num_tokens in token_budgets(budgets).items()
         }
         path = workspace.var / "tokens.safetensors"
         write_tensor_file(path, rows, {})

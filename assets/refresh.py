@@ -16,13 +16,13 @@ import dagster as dg
 from dagster._core.errors import DagsterAssetCheckFailedError
 from dagster._core.storage.tags import PARTITION_NAME_TAG
 
-from assets.foreign.library import check_foreign_profile
-from assets.foreign.plan import ForeignPlan
+from assets.disk import require_disk_for
 from assets.plan import OPT_IN_SCORES, OPT_IN_SEARCH, Plan
+from assets.preflight import check_before
 from assets.roots import CONFIGURATION, Roots
 from assets.staleness import Item, Staleness
 from assets.watches import GATHERERS
-from puzzle_dag.preflight import activations_bytes, check_profile, require_disk
+from puzzle_dag.preflight import DiskFullError
 from resources.workspace import Workspace
 
 _LOG = logging.getLogger(__name__)
@@ -139,38 +139,41 @@ class Refresh:
         self._unsettled: dict[Item, str] = {}
         self._roots = Roots(plan.groups[CONFIGURATION])
         self._unjudged: set[Item] = set()
+        self._disk_full = ""
 
     def run(self, *, dry: bool = False) -> RefreshRecord:
         """Refresh, or with `dry` only say what is stale.
 
         Raises:
-            ConfigError, VllmMissingError, DiskFullError: what would fail later; nothing ran.
+            ConfigError, VllmMissingError, DiskFullError, CorpusTooShortError: what would fail later; nothing ran.
         """
         start_s = time.perf_counter()
-        self._check_before(dry)
+        check_before(self._plan, self._workspace, may_run=self._may_run, dry=dry)
         sync_partitions(self._plan, self._instance)
         for asset in self._staleness.assets():
-            for item, reasons in self._staleness.reasons(self._staleness.items(asset)).items():
+            found = self._staleness.reasons(self._staleness.items(asset))
+            self._disk_full = "" if dry else self._find_full_disk(found)
+            for item, reasons in found.items():
                 self._settle(item, reasons, dry)
         self._record.seconds = time.perf_counter() - start_s
         return self._record
 
-    def _check_before(self, dry: bool) -> None:
-        """Find before any compute what would fail in the middle of it. Raises ConfigError, VllmMissingError, DiskFullError."""
-        if isinstance(self._plan, ForeignPlan):
-            check_foreign_profile(self._workspace)
-            return
-        profile, shape = self._plan.profile, self._plan.shape
-        check_profile(self._workspace.conf, profile, shape)
-        if dry:
-            return
-        if not (self._workspace.var / "activations").exists():
-            num_tokens = profile.tokens.activations + profile.tokens.scores
-            require_disk(self._workspace.var, activations_bytes(shape, num_tokens, profile.dtype), "the parent's activations")
-        if not self._select or any(self._among(Item(a), self._select) for a in ("block_costs", "parent_serving", "serving")):
-            from puzzle_dag.engine.client import read_engine_version
+    def _may_run(self, asset: str) -> bool:
+        """Say whether an asset, or a partition of it, is selected."""
+        return not self._select or bool({name.partition("[")[0] for name in self._select} & {asset, "*"})
 
-            read_engine_version()
+    def _is_selected(self, item: Item) -> bool:
+        return not self._select or self._among(item, self._select)
+
+    def _find_full_disk(self, found: dict[Item, list[str]]) -> str:
+        """Return why what an asset's stale partitions make can't be written, "" where it can."""
+        stale = [item for item, reasons in found.items() if (reasons or self._among(item, self._remake)) and self._is_selected(item)]
+        try:
+            if isinstance(self._plan, Plan):
+                require_disk_for(self._plan, self._workspace, stale)
+        except DiskFullError as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
 
     def _settle(self, item: Item, reasons: list[str], dry: bool) -> None:
         parents = self._staleness.parents(item)
@@ -184,7 +187,7 @@ class Refresh:
             because = tuple(f"waits for {p} ({self._unsettled[p]})" for p in waits_for[:3])
             self._note(Outcome(item, "waits", because, waits_for=tuple(waits_for)))
             return
-        may_run = not dry and (not self._select or self._among(item, self._select))
+        may_run = not dry and self._is_selected(item)
         if not reasons:
             self._note(self._look_again(item, may_run))
         elif not may_run:
@@ -232,6 +235,8 @@ class Refresh:
         record = self._workspace.shelf.find(item.asset, item.partition)
         if record is not None:
             self._workspace.discard_damaged(record)
+        if self._disk_full:
+            return Outcome(item, "failed", (self._disk_full,))
         return self._execute(item, reasons, "ran", self._job, [self._plan.key(item.asset)])
 
     def _execute(
@@ -282,7 +287,8 @@ def refresh(
     """Bring a profile up to date on an instance; see `Refresh`.
 
     Raises:
-        ConfigError, VllmMissingError, DiskFullError: something is wrong with the configuration or the machine; nothing ran.
+        ConfigError, VllmMissingError, DiskFullError, CorpusTooShortError: something is wrong with the configuration, the machine or
+            the text; nothing ran.
     """
     from assets.definitions import build_definitions
     from assets.plan import make_plan

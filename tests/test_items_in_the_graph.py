@@ -33,7 +33,9 @@ def use(monkeypatch: pytest.MonkeyPatch, library: Path) -> None:
     monkeypatch.setattr("puzzle_dag.corpus.tokens.read_stdlib", lambda split: read_stdlib(split, library))
 
 
-def test_only_tasks_that_are_drawn_from_the_library_hang_on_it(libraries: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_tasks_that_are_drawn_from_the_library_hang_on_it(
+    libraries: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = []
     for library in libraries:
         use(monkeypatch, library)

@@ -83,9 +83,7 @@ def test_results_on_other_items_are_refused() -> None:
     with pytest.raises(UnpairedResultsError, match="child has no acc"):
         retention([make_result("t", "acc", parent, chance=0.25)], [])
     with pytest.raises(UnpairedResultsError, match="task t: the child was asked other items than its parent"):
-        retention(
-            [make_result("t", "acc", parent, chance=0.25, items_digest="a")], [make_result("t", "acc", child, chance=0.25, items_digest="b")]
-        )
+        retention(*([make_result("t", "acc", answers, chance=0.25, items_digest=d)] for answers, d in ((parent, "a"), (child, "b"))))
 
 
 def test_weighted_mean_and_its_error_are_those_of_a_ratio_of_sums() -> None:

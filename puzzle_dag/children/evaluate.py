@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from puzzle_dag.children.tasks import is_local, write_tasks
+from puzzle_dag.children.tasks import draw_tasks, is_local, write_tasks
 from puzzle_dag.config import AccuracySettings, BundledCorpus, TextCorpus
 from puzzle_dag.model.checkpoint import load_checkpoint, register_auto_classes
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
@@ -141,6 +141,18 @@ def _run_lm_eval(model: PuzzleDagForCausalLM, tokenizer: Any, settings: Accuracy
     )
 
 
+def _item_options(settings: AccuracySettings, corpus: BundledCorpus | TextCorpus, seed: int) -> dict[str, Any]:
+    world_seed = corpus.world_seed if isinstance(corpus, BundledCorpus) else _DEFAULT_WORLD_SEED
+    return {"num_items": settings.num_items, "task_items": settings.task_items, "world_seed": world_seed, "seed": seed}
+
+
+def draw_items(
+    tasks: Sequence[str], settings: AccuracySettings, corpus: BundledCorpus | TextCorpus, *, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Return what the local tasks would ask; arguments and errors as for `evaluate_checkpoint`. Nothing is graded or written."""
+    return draw_tasks(tasks, **_item_options(settings, corpus, seed))
+
+
 def evaluate_model(
     model: PuzzleDagForCausalLM,
     tokenizer: Any,
@@ -153,8 +165,7 @@ def evaluate_model(
     progress: Progress = silent,
 ) -> list[TaskResult]:
     """Grade a loaded model; arguments and errors as for `evaluate_checkpoint`."""
-    world_seed = corpus.world_seed if isinstance(corpus, BundledCorpus) else _DEFAULT_WORLD_SEED
-    write_tasks(tasks, data_folder, num_items=settings.num_items, task_items=settings.task_items, world_seed=world_seed, seed=seed)
+    write_tasks(tasks, data_folder, **_item_options(settings, corpus, seed))
     found: dict[str, list[Any]] = {}
     for names in ([t for t in tasks if is_local(t)], [t for t in tasks if not is_local(t)]):
         if names:

@@ -154,20 +154,13 @@ def _definition(name: str) -> dict[str, Any]:
     }
 
 
-def write_tasks(
-    names: Sequence[str],
-    folder: Path,
-    *,
-    num_items: int,
-    world_seed: int,
-    task_items: Mapping[str, int] | None = None,
-    seed: int = 0,
-) -> TaskFiles:
-    """Write the local ones of `names` into `folder`; hub tasks are left to lm-eval.
+def draw_tasks(
+    names: Sequence[str], *, num_items: int, world_seed: int, task_items: Mapping[str, int] | None = None, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """Return the items ("rows") and the "definition" of each local one of `names`.
 
     Args:
         names: task names as in a profile.
-        folder: where the files go; each is written atomically.
         num_items: items a multiple-choice task.
         task_items: items of single tasks, in place of `num_items`.
         world_seed: seed of the invented world that the skills ask about; the parent's.
@@ -177,13 +170,31 @@ def write_tasks(
         UnknownTaskError: a `skill_` task that there is no skill for.
         ValueError: the held-out library has fewer cloze items than asked for.
     """
-    local = tuple(name for name in names if is_local(name))
-    content: dict[str, Any] = {}
-    for name in local:
-        rows, definition = _rows(name, (task_items or {}).get(name, num_items), world_seed, seed), _definition(name)
-        content[name] = {"rows": rows, "definition": definition}
+    return {
+        name: {"rows": _rows(name, (task_items or {}).get(name, num_items), world_seed, seed), "definition": _definition(name)}
+        for name in names
+        if is_local(name)
+    }
+
+
+def write_tasks(
+    names: Sequence[str],
+    folder: Path,
+    *,
+    num_items: int,
+    world_seed: int,
+    task_items: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> TaskFiles:
+    """Write the local ones of `names` into `folder`, each file atomically; hub tasks are left to lm-eval.
+
+    The other arguments and the errors are those of `draw_tasks`.
+    """
+    content = draw_tasks(names, num_items=num_items, world_seed=world_seed, task_items=task_items, seed=seed)
+    for name, task in content.items():
+        rows, definition = task["rows"], task["definition"]
         data = (folder / f"{name}.jsonl").resolve()
         write_atomically(data, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         located = definition | {"dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str((folder / "cache").resolve())}}
         write_atomically(folder / f"{name}.yaml", yaml.safe_dump(located, sort_keys=False))
-    return TaskFiles(folder, local, fingerprint(content))
+    return TaskFiles(folder, tuple(content), fingerprint(content))

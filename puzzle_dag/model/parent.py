@@ -149,6 +149,15 @@ def _fetch(source: ParentSource, location: Path | str) -> Path:
     return folder
 
 
+def read_tokenizer(source: ParentSource, root: Path) -> Any:
+    """Return the parent's tokenizer alone. Raises ParentNotFoundError."""
+    location = _checkpoint_location(source, root)
+    try:
+        return AutoTokenizer.from_pretrained(location, revision=source.revision, trust_remote_code=source.trust_remote_code)
+    except OSError as error:
+        raise ParentNotFoundError(f"parent: the tokenizer of {location} can't be read: {error}") from error
+
+
 def _digest_folder(folder: Path, config: PuzzleDagConfig) -> tuple[str, tuple[str, ...]]:
     """Return the digest of all tensors in the folder and those of each layer, one layer in memory at a time."""
     traits = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "dtype", "_name_or_path", "architectures")}

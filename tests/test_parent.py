@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILY_NAMES
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from puzzle_dag.config import ParentSource
 from puzzle_dag.model.checkpoint import CheckpointMismatchError
 from puzzle_dag.model.families import UnsupportedFamilyError
-from puzzle_dag.model.parent import Parent, ParentNotFoundError, load_parent, read_parent_shape
+from puzzle_dag.model.parent import Parent, ParentNotFoundError, load_parent, read_parent_shape, read_tokenizer
 
 _LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -146,6 +148,52 @@ def test_a_hub_id_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ParentNotFoundError, match="nobody/nothing can't be read"):
         read_parent_shape(ParentSource(hub="nobody/nothing"), tmp_path)
+
+
+@pytest.fixture
+def hub(family_parent_folder: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """`hub(family)` puts a parent where a download of org/FAMILY at revision "v1" leaves one; the hub itself can't be reached."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def download(family: str) -> str:
+        folder, commit = tmp_path / f"models--org--{family}", "0123456789abcdef" * 2 + "01234567"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "v1").write_text(commit)
+        shutil.copytree(family_parent_folder[family], folder / "snapshots" / commit)
+        return f"org/{family}"
+
+    return download
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_parent_by_hub_id_is_the_one_of_its_folder(
+    family: str, family_parent_folder: dict[str, Path], hub: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def listen(repo_id: str, **options: Any) -> str:
+        asked.append({"repo_id": repo_id, **options})
+        return snapshot_download(repo_id, **options)
+
+    monkeypatch.setattr("puzzle_dag.model.parent.snapshot_download", listen)
+    source, folder = ParentSource(hub=hub(family), revision="v1"), family_parent_folder[family]
+    assert read_parent_shape(source, tmp_path).to_dict() == read_parent_shape(ParentSource(path=str(folder)), tmp_path).to_dict()
+    assert read_tokenizer(source, tmp_path)("sum: 1 + 2") == read_tokenizer(ParentSource(path=str(folder)), tmp_path)("sum: 1 + 2")
+    assert asked == [], "neither needs the weights"
+    loaded, local = load_parent(source, tmp_path), _load(folder)
+    assert (loaded.digest, loaded.layer_digests, loaded.block) == (local.digest, local.layer_digests, local.block)
+    (request,) = asked
+    assert (request["repo_id"], request["revision"]) == (f"org/{family}", "v1")
+    # A download brings all that a parent is read from, and no second copy of its weights.
+    files = [p.name for p in folder.iterdir()]
+    wanted = filter_repo_objects([*files, "pytorch_model.bin", "model.gguf"], allow_patterns=request["allow_patterns"])
+    assert sorted(wanted) == sorted(files)
+
+
+def test_a_revision_that_was_never_downloaded_is_named(hub: Callable[[str], str], tmp_path: Path) -> None:
+    with pytest.raises(ParentNotFoundError, match="org/llama can't be read"):
+        read_parent_shape(ParentSource(hub=hub("llama"), revision="v2"), tmp_path)
 
 
 def test_unsupported_family_is_named_before_weights_are_looked_for(tmp_path: Path) -> None:

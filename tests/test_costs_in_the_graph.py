@@ -26,6 +26,7 @@ from puzzle_dag.costs.imports import IMPORT_KIND, import_table
 from puzzle_dag.costs.provenance import Provenance, describe_shape, digest_shape
 from puzzle_dag.costs.table import CostTable
 from puzzle_dag.engine.hardware import Hardware
+from resources.rows import read_rows
 
 GPU, ESTIMATED = "micro-gpu", "micro-estimated"
 SEARCH = ("scenario_spec", "block_costs", "cost_table", "solution")
@@ -139,6 +140,24 @@ def test_the_held_out_check_fails_where_predictions_are_off(project: Project, mo
     assert not found["passed"] and found["severity"] == dg.AssetCheckSeverity.ERROR and found["worst_error"] == pytest.approx(0.2, abs=0.01)
     restored = project.refresh(select=["block_costs"], remake=["block_costs[micro-eager]"])
     assert not restored.failed_checks
+
+
+def test_a_new_width_measures_its_probes_and_the_held_out_models_that_took_it(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    def models(kind: str) -> set[str]:
+        return {m for (m,) in ask(project, f"SELECT DISTINCT model FROM predictions WHERE kind = '{kind}' AND target = 'micro-eager'")}
+
+    before, probes, profile = models("held out"), models("probe"), project.profile_file.read_text()
+    engine = TickingEngine()
+    engine.install(monkeypatch)
+    project.edit(project.profile_file, search_space__overrides={1: {"add_ffn": ["w48"]}})
+    project.refresh(select=["search_space", "cost_variants", "block_costs[micro-eager]", "cost_table", "predicted_frontier", "frontier"])
+    found = read_rows(project.workspace.tables / "predictions" / "micro-eager.parquet")
+    after, all_probes = ({r["model"] for r in found if r["kind"] == kind} for kind in ("held out", "probe"))
+    assert probes < all_probes and len(after) == 8 and before & after and all("w48" in model for model in after - before)
+    # One engine a probe here, and two a held-out model.
+    assert len(engine.probes) == len(all_probes - probes) + 2 * len(after - before)
+    project.profile_file.write_text(profile)
+    project.refresh()
 
 
 def test_every_query_of_the_page_answers(project: Project) -> None:

@@ -77,6 +77,30 @@ def test_drawn_models_differ_are_no_probes_and_can_be_served():
     assert set(draw_models([BLOCKS], 9)) == {(b,) for b in BLOCKS if b.attention.kind == "gqa"}  # there are no more
 
 
+def test_a_block_that_is_added_changes_only_the_places_that_it_takes():
+    new = Block(Attention("linear"), FFN("swiglu", 32))
+    before, after = (draw_models([blocks] * 7, 300) for blocks in (BLOCKS, [new, *BLOCKS]))
+    kept = set(before) & set(after)
+    # A model stays where in none of its seven layers the new block won against six.
+    assert len(kept) == pytest.approx(300 * (6 / 7) ** 7, abs=35)
+    assert [m for m in before if m in kept] == [m for m in after if m in kept]
+    # Those without attention gave way to others at the end.
+    assert sum(new not in model for model in set(after) - kept) <= 10
+    assert draw_models([BLOCKS[::-1]] * 7, 300) == before
+
+
+def test_every_block_is_drawn_as_often_as_another_in_every_layer():
+    drawn = draw_models([BLOCKS] * 6, 3000)  # of 46,656, less the 4,096 without attention
+    for layer in range(6):
+        counts = [sum(model[layer] == block for model in drawn) for block in BLOCKS]
+        with_attention = [c for c, b in zip(counts, BLOCKS, strict=True) if b.attention.kind == "gqa"]
+        others = [c for c, b in zip(counts, BLOCKS, strict=True) if b.attention.kind != "gqa"]
+        # Attention somewhere: 1 / (1 - (2 / 3)^6) as often where it stands, and the rest shared by the others.
+        expected = 3000 / 6 / (1 - (2 / 3) ** 6)
+        assert with_attention == pytest.approx([expected] * 2, abs=4.5 * expected**0.5)
+        assert others == pytest.approx([(3000 - 2 * expected) / 4] * 4, abs=4.5 * expected**0.5)
+
+
 def test_the_rivals_engines_are_counted_and_never_fewer():
     rival = RepeatedLayers.plan(PARENT, [Attention("gqa", 1), Attention("noop")], [FFN("swiglu", 64), FFN("linear"), FFN("noop")])
     assert [len(m) for m in rival.models] == [1, *[11] * 5]  # the parent's two, kv1, w64, linear; a no-op is never measured

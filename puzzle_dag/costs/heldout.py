@@ -3,7 +3,7 @@
 Held-out models and probes are measured in the same rounds, so that a slow minute of the machine hits both alike.
 """
 
-import random
+import hashlib
 import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +16,9 @@ from puzzle_dag.costs.table import CostTable
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.store import ArtifactStore
+
+VERSION = 1
+"""Version of the draw; part of the asset's code version."""
 
 ENOUGH_MODELS = 8
 """Held-out models from which on a verdict counts."""
@@ -31,6 +34,11 @@ JUDGED: tuple[TimedPhase, ...] = ("prefill", "total")
 _DRAWS_PER_MODEL = 200
 
 
+def _pick(candidates: Sequence[Block], draw: str) -> Block:
+    """Return one of the candidates, each with the same chance: the one whose name, hashed with `draw`, comes first."""
+    return min(candidates, key=lambda block: hashlib.blake2b(f"{draw}/{block.name}".encode(), digest_size=8).digest())
+
+
 def draw_models(
     blocks: Sequence[Sequence[Block]],
     num_models: int,
@@ -41,19 +49,23 @@ def draw_models(
 ) -> list[Architecture]:
     """Draw different random models that keep attention somewhere and are none of `known`; fewer where the space has no more.
 
+    By rendezvous hashing (Thaler and Ravishankar, 1998): each layer of each model takes the candidate with the smallest hash, so
+    every candidate has the same chance, and one that is added changes just the places that it takes itself. What was measured of
+    the other models stays good.
+
     Args:
-        blocks: the candidates of each layer, in a stable order.
+        blocks: the candidates of each layer, in any order.
         num_models: models wanted.
         known: models that are out of the question, such as the probes.
         seed: the same seed and space give the same models.
         own_width: the parent's FFN width; the layers that a wider FFN was fused of are left out after it, as in a child.
     """
-    rng, drawn = random.Random(seed), dict.fromkeys(known)
+    drawn = dict.fromkeys(known)
     num_known = len(drawn)
-    for _ in range(num_models * _DRAWS_PER_MODEL):
+    for draw in range(num_models * _DRAWS_PER_MODEL):
         if len(drawn) == num_known + num_models:
             break
-        architecture = tuple(rng.choice(candidates) for candidates in blocks)
+        architecture = tuple(_pick(candidates, f"{seed}/{draw}/{layer}") for layer, candidates in enumerate(blocks))
         if own_width is not None:
             architecture = leave_out_fused(architecture, own_width)
         if any(b.attention.kind == "gqa" for b in architecture):

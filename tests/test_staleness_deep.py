@@ -15,6 +15,7 @@ from assets.partitions import group_key
 from assets.plan import Plan, make_plan
 from assets.refresh import Refresh, RefreshRecord
 from assets.scores import score_assets
+from puzzle_dag.architecture import layer_key
 from puzzle_dag.store import fingerprint
 from resources.rows import read_rows
 from resources.workspace import Workspace
@@ -70,15 +71,13 @@ def test_one_of_126_layers_runs_itself_and_its_fan_in(project: Project, monkeypa
         for layer in (3, 99, 125):
             overrides = {layer: {"add_ffn": ["w32"]}}
             project.edit(project.profile_file, search_space__overrides=overrides)
-            key, before = f"L{layer:02d}", _digests(project)
-            former = {f"search_space[{k}]" for k in _changed_back(layer)}
-            ran = set(refresh(project, instance).ran)
-            own = {f"search_space[{key}]", f"block_scores[{key}]", f"layer_group[{group_key(layer)}]", "score_table"}
-            assert own <= ran
-            assert {r for r in ran if r.startswith("search_space")} == {f"search_space[{key}]", *former}
-            assert ("cost_variants" in ran) == (layer == 3)  # from then on the union of the widths stays the same
+            before, edited = _digests(project), sorted({layer, *_changed_back(layer)})
+            expected = {f"{asset}[{layer_key(i)}]" for asset in ("search_space", "block_scores") for i in edited}
+            expected |= {f"layer_group[{group_key(i)}]" for i in edited} | {"score_table"}
+            # from layer 3 on the union of the widths stays the same
+            assert set(refresh(project, instance).ran) == expected | ({"cost_variants"} if layer == 3 else set())
             changed = [i for i, (old, new) in enumerate(zip(before, _digests(project), strict=True)) if old != new]
-            assert changed == sorted({layer, *(int(k[1:]) for k in _changed_back(layer))})
+            assert changed == edited
             assert refresh(project, instance).ran == []
 
 
@@ -86,6 +85,6 @@ def _digests(project: Project) -> list[str]:
     return [row["digest"] for row in read_rows(project.workspace.tables / "score_table.parquet")]
 
 
-def _changed_back(layer: int) -> list[str]:
+def _changed_back(layer: int) -> list[int]:
     """The layer of the edit before, which loses its width again."""
-    return {3: [], 99: ["L03"], 125: ["L99"]}[layer]
+    return {3: [], 99: [3], 125: [99]}[layer]

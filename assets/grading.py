@@ -1,7 +1,7 @@
 """How good and how fast parent and children are: lm-eval's grades, and vLLM's times with real weights."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from resources.rows import write_rows
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
-    from puzzle_dag.children.retention import MeanRetention, Retention
+    from puzzle_dag.children.retention import MeanRetention, Perplexity, Retention
 
 _GRADING = ["puzzle_dag.children.evaluate", "puzzle_dag.children.tasks", "puzzle_dag.children.retention"]
 _SERVING = ["puzzle_dag.children.serve"]
@@ -109,6 +109,14 @@ def retention_metadata(scenario: str, kept: "list[Retention]", mean: "MeanRetent
     return metadata
 
 
+def _accuracy_rows(scenario: str, kept: "list[Retention]", text: "list[Perplexity]") -> list[dict[str, Any]]:
+    """Return the rows of the table: accuracies, then what is none, without chance and retention."""
+    from puzzle_dag.children.retention import Retention
+
+    columns = [f.name for f in fields(Retention)]
+    return [{"scenario": scenario, **{c: getattr(r, c, None) for c in columns}} for r in (*kept, *text)]
+
+
 def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     settings = {"accuracy": plan.profile.accuracy.model_dump(), "seed": plan.profile.seed}
 
@@ -126,23 +134,33 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     )
     def accuracy(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
         from puzzle_dag.children.evaluate import TaskResult
-        from puzzle_dag.children.retention import mean_retention, retention
+        from puzzle_dag.children.retention import mean_retention, perplexities, retention
 
         time, child = Stopwatch(), workspace.shelf.value("uptrained_child", context.partition_key)
         checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
         results = _grade(plan, workspace, child["digest"], checkpoint)
         parent = [TaskResult(**r) for r in json.loads((workspace.var / "grades" / "parent.json").read_text())]
-        kept = retention(parent, results)
+        kept, text = retention(parent, results), perplexities(parent, results)
         mean, rows = mean_retention(kept), [{"scenario": context.partition_key, **asdict(r)} for r in kept]
         floor = workspace.read_scenario(context.partition_key).retention_floor
-        value = {"uptrained_child": child["digest"], "results": _result_rows(results), "retention": rows, "mean": asdict(mean)}
+        value = {
+            "uptrained_child": child["digest"],
+            "results": _result_rows(results),
+            "retention": rows,
+            "mean": asdict(mean),
+            "perplexities": [asdict(p) for p in text],
+        }
+        path = workspace.tables / "accuracy" / f"{context.partition_key}.parquet"
         return materialised(
             context,
             plan,
             workspace,
             value,
-            files=[write_rows(workspace.tables / "accuracy" / f"{context.partition_key}.parquet", rows)],
-            metadata=retention_metadata(context.partition_key, kept, mean, floor),
+            files=[write_rows(path, _accuracy_rows(context.partition_key, kept, text))],
+            metadata={
+                **retention_metadata(context.partition_key, kept, mean, floor),
+                **({"perplexities": table([asdict(p) for p in text])} if text else {}),
+            },
             time=time,
         )
 
@@ -193,6 +211,10 @@ def _serve(workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple
     return {"report": made.metadata, "key": made.folder.name}
 
 
+def _engine_peak_bytes(report: dict[str, Any]) -> int:
+    return max(m["peak_rss_bytes"] for m in report["models"])
+
+
 def _parent_serving_asset(plan: Plan) -> dg.AssetsDefinition:
     @dg.asset(
         **plan.options(
@@ -212,7 +234,8 @@ def _parent_serving_asset(plan: Plan) -> dg.AssetsDefinition:
         rows = [{"target": context.partition_key, **m} for m in report["models"]]
         files = [write_rows(workspace.tables / "parent_serving" / f"{context.partition_key}.parquet", rows)]
         metadata = {"served": table(rows), "hardware": report["hardware"], "engine_version": report["engine_version"]}
-        return materialised(context, plan, workspace, served, files=files, metadata=metadata, time=time)
+        peak = _engine_peak_bytes(report)
+        return materialised(context, plan, workspace, served, files=files, metadata=metadata, time=time, engine_peak_bytes=peak)
 
     return parent_serving
 
@@ -256,6 +279,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
                 "engine_version": report["engine_version"],
             },
             time=time,
+            engine_peak_bytes=_engine_peak_bytes(report),
         )
 
     return serving

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from micro_project import Project
 
-from puzzle_dag.children.tasks import CLOZE, item_sources, write_tasks
+from puzzle_dag.children.tasks import CLOZE, PERPLEXITY, item_sources, write_tasks
 from puzzle_dag.corpus.stdlib import read_stdlib
+from resources.rows import read_rows
 
 NUM_ITEMS = 8
 
@@ -19,6 +20,7 @@ def make_library(folder: Path, seed: int) -> Path:
     folder.mkdir()
     for i in range(120):
         lines = [f"{rng.choice(names)} = {rng.choice(names)}({rng.choice(names)}, {rng.choice(names)})\n" for _ in range(40)]
+        lines[20] += "\n"  # documents begin after an empty line
         (folder / f"m{i}.py").write_text("".join(lines))
     return folder
 
@@ -51,10 +53,18 @@ def test_after_a_change_of_the_library_both_are_graded_again_and_never_paired_ac
     project: Project, libraries: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     graded = ["parent_accuracy", "accuracy[micro-small]"]
-    project.edit(project.profile_file, accuracy={"tasks": ["skill_copy", CLOZE], "num_items": NUM_ITEMS, "batch_size": 8})
+    project.edit(project.profile_file, accuracy={"tasks": ["skill_copy", CLOZE, PERPLEXITY], "num_items": NUM_ITEMS, "batch_size": 8})
     use(monkeypatch, libraries[0])
     record = project.refresh(select=graded)
     assert record.ran == graded and not record.of("failed")
+    rows = read_rows(project.workspace.tables / "accuracy" / "micro-small.parquet")
+    kept = {r["metric"]: r for r in rows if r["task"] == PERPLEXITY}
+    told = {p["metric"]: p for p in project.workspace.shelf.value("accuracy", "micro-small")["perplexities"]}
+    assert set(kept) == set(told) == {"nats_per_token", "bits_per_byte"} and {r["task"] for r in rows} == {"skill_copy", CLOZE, PERPLEXITY}
+    of_parent = {r["metric"]: r["value"] for r in project.workspace.shelf.value("parent_accuracy")["results"] if r["task"] == PERPLEXITY}
+    for metric, row in kept.items():
+        assert (row["parent"], row["child"]) == (told[metric]["parent"], told[metric]["child"]) and row["parent"] == of_parent[metric]
+        assert row["parent"] != row["child"] and row["chance"] is row["corrected"] is None
     use(monkeypatch, libraries[1])
     # The child is asked today's items, as many as its parent was; its parent was asked others.
     (failed,) = project.refresh(select=graded, remake=graded[1:]).of("failed")

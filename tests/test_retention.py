@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from puzzle_dag.children.evaluate import TaskResultError, make_result
-from puzzle_dag.children.retention import UnpairedResultsError, mean_retention, paired_ratio, retention
+from puzzle_dag.children.retention import UnpairedResultsError, mean_retention, paired_ratio, perplexities, retention
 
 
 def draw_pair(num_items: int, seed: int) -> tuple[list[float], list[float]]:
@@ -74,6 +74,23 @@ def test_mean_is_over_skills_only_and_propagates_independent_errors() -> None:
     assert mean.num_tasks == 2
     assert mean.value == pytest.approx((found[0].corrected + found[1].corrected) / 2)  # type: ignore[operator]
     assert mean.stderr == pytest.approx(math.hypot(found[0].corrected_stderr, found[1].corrected_stderr) / 2)  # type: ignore[arg-type]
+
+
+def test_perplexities_are_compared_document_by_document() -> None:
+    rng = np.random.default_rng(8)
+    weights, parent = rng.integers(50, 400, size=80).astype(float), rng.normal(2.0, 0.3, size=80)
+    child = parent + rng.normal(0.1, 0.02, size=80)
+    each = [make_result("t", "nats_per_token", x.tolist(), chance=None, weights=weights.tolist()) for x in (parent, child)]
+    accuracy = make_result("t", "acc", [1.0, 0.0], chance=0.25)
+    (found,) = perplexities([accuracy, each[0]], [accuracy, each[1]])
+    means = [(weights * x).sum() / weights.sum() for x in (parent, child)]
+    assert (found.task, found.metric, found.num_items) == ("t", "nats_per_token", 80)
+    assert [found.parent, found.child, found.difference] == pytest.approx([*means, means[1] - means[0]])
+    draws = rng.integers(0, 80, size=(6000, 80))
+    bootstrap = (weights[draws] * (child - parent)[draws]).sum(1) / weights[draws].sum(1)
+    assert found.difference_stderr == pytest.approx(bootstrap.std(), rel=0.08) and found.difference_stderr < 0.2 * each[0].stderr
+    with pytest.raises(UnpairedResultsError, match="child has no nats_per_token"):
+        perplexities(each[:1], [accuracy])
 
 
 def test_results_on_other_items_are_refused() -> None:

@@ -1,14 +1,14 @@
 """What a child kept of its parent's accuracy, with standard errors that use that both answered the same items."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from puzzle_dag.children.evaluate import TaskResult
+from puzzle_dag.children.evaluate import TaskResult, make_result
 
-VERSION = 1
+VERSION = 2
 """Version of the formulas; part of the asset's code version."""
 
 
@@ -40,6 +40,26 @@ class Retention:
     """Paired standard error of `corrected`."""
     num_items: int
     """Items that both answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Perplexity:
+    """One measure of how well text is predicted: no accuracy, so nothing is retained; the lower, the better."""
+
+    task: str
+    """Name of the task."""
+    metric: str
+    """"nats_per_token" or "bits_per_byte"."""
+    parent: float
+    """The parent's value."""
+    child: float
+    """The child's value."""
+    difference: float
+    """child - parent."""
+    difference_stderr: float
+    """Its paired standard error."""
+    num_items: int
+    """Documents that both read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +95,7 @@ def paired_ratio(child: Sequence[float], parent: Sequence[float], offset: float 
     return ratio, float((c - ratio * p).std(ddof=1)) / math.sqrt(len(p)) / gain
 
 
-def _pair(parent: TaskResult, child: TaskResult) -> Retention:
+def _require_same_items(parent: TaskResult, child: TaskResult) -> None:
     if parent.num_items != child.num_items or parent.chance != child.chance:
         raise UnpairedResultsError(
             f"task {parent.task}: the parent answered {parent.num_items} items (chance {parent.chance}), "
@@ -86,6 +106,9 @@ def _pair(parent: TaskResult, child: TaskResult) -> Retention:
             f"task {parent.task}: the child was asked other items than its parent, as happens when Python or a data set was updated "
             "in between; grade all again (python -m assets refresh --regrade)"
         )
+
+
+def _pair(parent: TaskResult, child: TaskResult) -> Retention:
     assert parent.chance is not None
     raw = paired_ratio(child.per_item, parent.per_item)
     corrected = paired_ratio(child.per_item, parent.per_item, parent.chance)
@@ -103,22 +126,38 @@ def _pair(parent: TaskResult, child: TaskResult) -> Retention:
     )
 
 
-def retention(parent_results: Sequence[TaskResult], child_results: Sequence[TaskResult]) -> list[Retention]:
-    """Return the retention of each accuracy in `parent_results`, in their order; perplexities are no accuracies.
+def _compare(parent: TaskResult, child: TaskResult) -> Perplexity:
+    differences = [c - p for c, p in zip(child.per_item, parent.per_item, strict=True)]
+    found = make_result(parent.task, parent.metric, differences, chance=None, weights=parent.weights)
+    return Perplexity(parent.task, parent.metric, parent.value, child.value, found.value, found.stderr, parent.num_items)
 
-    Raises:
-        UnpairedResultsError: the child lacks a task of the parent's, or was graded on other items.
-    """
+
+def _pairs(
+    parent_results: Sequence[TaskResult], child_results: Sequence[TaskResult], *, accuracies: bool
+) -> Iterator[tuple[TaskResult, TaskResult]]:
     children = {(r.task, r.metric): r for r in child_results}
-    found = []
     for parent in parent_results:
-        if not parent.is_accuracy:
+        if parent.is_accuracy != accuracies:
             continue
         child = children.get((parent.task, parent.metric))
         if child is None:
             raise UnpairedResultsError(f"task {parent.task}: the child has no {parent.metric}; grade both with the same settings")
-        found.append(_pair(parent, child))
-    return found
+        _require_same_items(parent, child)
+        yield parent, child
+
+
+def retention(parent_results: Sequence[TaskResult], child_results: Sequence[TaskResult]) -> list[Retention]:
+    """Return the retention of each accuracy in `parent_results`, in their order; `perplexities` returns the others.
+
+    Raises:
+        UnpairedResultsError: the child lacks a task of the parent's, or was graded on other items.
+    """
+    return [_pair(*pair) for pair in _pairs(parent_results, child_results, accuracies=True)]
+
+
+def perplexities(parent_results: Sequence[TaskResult], child_results: Sequence[TaskResult]) -> list[Perplexity]:
+    """Return parent and child side by side for each result that is no accuracy; errors are those of `retention`."""
+    return [_compare(*pair) for pair in _pairs(parent_results, child_results, accuracies=False)]
 
 
 def mean_retention(retentions: Sequence[Retention], *, task_prefix: str = "skill_") -> MeanRetention:

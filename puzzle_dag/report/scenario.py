@@ -66,6 +66,22 @@ class TaskFact:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PerplexityFact:
+    """How well parent and child predict a text; the lower, the better."""
+
+    task: str
+    """lm-eval's name of the task."""
+    metric: str
+    """What is measured: "nats_per_token", "bits_per_byte"."""
+    parent: float
+    """The parent's value."""
+    child: float
+    """The child's value."""
+    stderr: float
+    """Paired standard error of child - parent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScenarioFacts:
     """All that a scenario's page shows."""
 
@@ -101,6 +117,8 @@ class ScenarioFacts:
     """KL(parent || child) in nats a held-out token, by stage: "assembled", "uptrained"."""
     tasks: Sequence[TaskFact] = ()
     """What lm-eval measured."""
+    perplexities: Sequence[PerplexityFact] = ()
+    """What it measured that is no accuracy."""
     uptrain_curves: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
     """Loss name -> (tokens, loss) over the distillation."""
     retention_floor: float | None = None
@@ -170,6 +188,12 @@ def _quality(facts: ScenarioFacts) -> Section:
         tables.append(Table(("task", "metric", "parent", "child", "retention (paired standard error)"), rows))
         png = retention_bars({t.task: (t.retention, t.stderr) for t in facts.tasks}, floor=facts.retention_floor)
         pictures.append(Picture(png, "share of the parent's accuracy that the child keeps"))
+    if facts.perplexities:
+        header = ("text", "measure, the lower the better", "parent", "child", "child - parent (paired standard error)")
+        texts = []
+        for p in facts.perplexities:
+            texts.append((p.task, p.metric, f"{p.parent:.3f}", f"{p.child:.3f}", f"{p.child - p.parent:+.3f} ± {p.stderr:.3f}"))
+        tables.append(Table(header, texts))
     if any(facts.uptrain_curves.values()):
         pictures.append(Picture(loss_curve(facts.uptrain_curves, y=DISTILLATION_LOSSES), "losses of the global distillation"))
     return Section("Quality", tables=tables, pictures=pictures)
@@ -184,6 +208,7 @@ def render_overview(
     frontiers: Sequence[Picture] = (),
     predicted: Sequence[Picture] = (),
     pictures: Sequence[Picture] = (),
+    costs: Sequence[Table] = (),
     pages: Sequence[tuple[str, str]] = (),
     footer: str = "",
 ) -> str:
@@ -197,6 +222,7 @@ def render_overview(
         frontiers: pictures of quality against speed, memory and latency, as measured.
         predicted: the same from solutions alone, before any child is trained.
         pictures: further pictures, such as the score heat map.
+        costs: what share of the parent's time its blocks take, a table a target.
         pages: (scenario, relative address of its page).
         footer: one line at the end.
     """
@@ -205,8 +231,8 @@ def render_overview(
         sections.append(Section("The frontier: the parent and its children", pictures=frontiers))
     if predicted:
         sections.append(Section("The frontier as predicted, from solutions alone", pictures=predicted))
-    if pictures:
-        sections.append(Section("What the library and the costs look like", pictures=pictures))
+    if pictures or costs:
+        sections.append(Section("What the library and the costs look like", tables=costs, pictures=pictures))
     total = ("all", format_seconds(sum(stages.values())))
     times = Table(("stage", "time"), [*((name, format_seconds(s)) for name, s in stages.items()), total])
     sections.append(Section("Where the time went", tables=[times]))

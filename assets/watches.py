@@ -17,7 +17,6 @@ has another one, the refresh runs the asset again. For a configuration asset the
 import json
 from collections.abc import Callable, Collection
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from assets.foreign.plan import ForeignPlan
@@ -28,26 +27,13 @@ from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, with_earli
 from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE, digest_chat_template
 from puzzle_dag.preflight import list_cost_variants, list_placed_blocks, list_runs, read_targets, resolve_spaces
 from puzzle_dag.scenario_checks import check_scenario
-from puzzle_dag.store import digest_file, fingerprint, write_atomically
+from puzzle_dag.store import fingerprint
+from resources.file_digests import digest_files
 from resources.workspace import Workspace
 
 Watch = Callable[[Plan, Workspace, str | None], Any]
 
 _CHECKPOINT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
-
-
-def _digest_files(paths: list[Path], memory: Path) -> dict[str, str]:
-    """Return name -> digest; a file whose size and time of change are those of the last time is not read again."""
-    known = json.loads(memory.read_text()) if memory.exists() else {}
-    seen = {}
-    for path in paths:
-        stat = path.stat()
-        mark = f"{stat.st_size}/{stat.st_mtime_ns}"
-        old_mark, digest = known.get(str(path), ("", ""))
-        seen[str(path)] = (mark, digest if mark == old_mark else digest_file(path))
-    if seen != {k: tuple(v) for k, v in known.items()}:
-        write_atomically(memory, json.dumps(seen))
-    return {path.name: seen[str(path)][1] for path in paths}
 
 
 def watch_parent(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
@@ -59,7 +45,7 @@ def watch_parent(plan: Plan, workspace: Workspace, _: str | None = None) -> dict
     files = sorted({p for pattern in _CHECKPOINT_FILES for p in folder.glob(pattern)})
     # training.json and the like tell about the checkpoint; they are not the checkpoint. The children watch the chat template.
     files = [p for p in files if p.name not in ("training.json", "README.md", CHAT_TEMPLATE_FILE)]
-    return {"source": source.model_dump(), "files": _digest_files(files, workspace.var / "hashes" / "parent.json")}
+    return {"source": source.model_dump(), "files": digest_files(files, workspace.var / "hashes" / "parent.json")}
 
 
 def watch_corpus(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
@@ -74,7 +60,7 @@ def watch_corpus(plan: Plan, workspace: Workspace, _: str | None = None) -> dict
         paths = sorted(workspace.root_folder.glob(corpus.files))
         if not paths:
             raise ConfigError(f"corpus.files: {corpus.files} matches no file below the project's root; give another glob")
-        value["files"] = _digest_files(paths, workspace.var / "hashes" / "corpus.json")
+        value["files"] = digest_files(paths, workspace.var / "hashes" / "corpus.json")
     return value
 
 

@@ -66,6 +66,22 @@ def _metadata(costs: "CostTable", comparisons: "list[Comparison]") -> dict[str, 
     return shown
 
 
+def block_share_rows(costs: "CostTable", parent: Architecture) -> list[dict[str, float]]:
+    """Return what share of the parent's predicted time its blocks take, a row a batch size: in prefill, in decode, and in both.
+
+    What is left (embedding, head, the engine's own work) no choice of blocks can save.
+    """
+    return [
+        {
+            "batch": batch,
+            "blocks_of_prefill": costs.block_share(parent, batch, "prefill"),
+            "blocks_of_decode": costs.block_share(parent, batch, "decode"),
+            "blocks_of_all": costs.block_share(parent, batch),
+        }
+        for batch in costs.batch_sizes
+    ]
+
+
 def _write_comparisons(path: Path, comparisons: "list[Comparison]") -> list[Path]:
     """Write the comparisons, or take former ones away where there are none of today's costs."""
     if comparisons:
@@ -101,7 +117,7 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
         **plan.options(
             "block_costs",
             deps=["cost_variants", "target_spec"],
-            stages=["puzzle_dag.costs.measure", "puzzle_dag.costs.tabulate", "puzzle_dag.costs.roofline"],
+            stages=[f"puzzle_dag.costs.{stage}" for stage in ("measure", "tabulate", "heldout", "roofline")],
             partitions=plan.partitions.targets,
             kinds=("vllm", "parquet"),
             device=True,
@@ -148,8 +164,13 @@ def _block_costs_asset(plan: Plan) -> dg.AssetsDefinition:
             },
             data_version=costs.digest,
             files=[path, *_write_comparisons(workspace.tables / "predictions" / path.name, comparisons)],
-            metadata={"num_engines_run": num_engines_run, **_metadata(costs, comparisons)},
+            metadata={
+                "num_engines_run": num_engines_run,
+                **_metadata(costs, comparisons),
+                "block_shares": table(block_share_rows(costs, parent_architecture(plan))),
+            },
             time=time,
+            engine_peak_bytes=costs.provenance.engine_peak_bytes if costs.provenance else None,
         )
 
     return block_costs

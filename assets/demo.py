@@ -5,7 +5,8 @@ from pathlib import Path
 
 from assets.plan import make_plan
 from assets.refresh import Outcome, RefreshRecord, refresh
-from assets.reports import results_table, scenario_facts, stage_peak_memory_bytes, stage_seconds
+from assets.reports import results_table, scenario_facts
+from assets.stages import stage_table
 from puzzle_dag.config import ConfigError, is_foreign
 from puzzle_dag.engine.client import VllmMissingError, read_engine_version
 from puzzle_dag.engine.hardware import detect_hardware, measure_matmul_rate
@@ -45,16 +46,13 @@ def run_demo(root: Path, profile: str, say: Callable[[str], None]) -> RefreshRec
         record = refresh(root, profile, instance, on_outcome=tell)
     plan, workspace = make_plan(root, profile), Workspace(root=str(root), profile=profile)
     facts = [f for f in (scenario_facts(plan, workspace, name) for name in plan.profile.scenarios) if f is not None]
-    machine, stages = describe_machine(), stage_seconds(workspace)
+    machine, efforts = describe_machine(), stage_table(workspace)
     results = results_table(plan, workspace, facts)
     say("")
     if facts:
         say(text_table(results.header, results.rows))
         say(f"({results.caption})\n")
-    peaks = stage_peak_memory_bytes(workspace)
-    efforts = [(name, format_seconds(s), f"{peaks[name] / 2**30:.2f} GiB") for name, s in stages.items()]
-    efforts.append(("all", format_seconds(sum(stages.values())), f"{max(peaks.values(), default=0) / 2**30:.2f} GiB"))
-    say(text_table(("stage", "time", "peak memory, engines aside"), efforts))
+    say(text_table(efforts.header, efforts.rows))
     say("\n" + "\n".join(f"{name}: {value}" for name, value in machine.items()))
     if facts:
         say(f"report: {workspace.var / 'reports' / 'index.html'}")

@@ -29,6 +29,7 @@ def materialised(
     files: Iterable[Path] = (),
     metadata: Mapping[str, Any] | None = None,
     time: "Stopwatch | None" = None,
+    engine_peak_bytes: int | None = None,
 ) -> dg.MaterializeResult:
     """Put `value` on the shelf and return what Dagster is told.
 
@@ -41,11 +42,14 @@ def materialised(
         files: files that the value speaks of.
         metadata: shown in the UI.
         time: started when the work began, the wait for the device not counted; for work worth timing.
+        engine_peak_bytes: most memory that one engine held, where the work ran engines.
     """
     name, partition = context.asset_key.path[-1], partition_of(context)
     version = data_version or fingerprint(value)
     watched = watch(plan, workspace, name, partition)
-    effort = {} if time is None else {"seconds": time.seconds, "peak_memory_bytes": time.peak_memory_bytes}
+    effort: dict[str, Any] = {} if time is None else {"seconds": time.seconds, "peak_memory_bytes": time.peak_memory_bytes}
+    if engine_peak_bytes:
+        effort["engine_peak_bytes"] = engine_peak_bytes
     workspace.shelf.put(name, partition, value, data_version=version, files=files, watched=watched, **effort)
     shown = {**(metadata or {}), **effort}
     return dg.MaterializeResult(data_version=dg.DataVersion(version), metadata=shown)
@@ -66,7 +70,7 @@ class Stopwatch:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Largest resident size so far; vLLM's engines run in processes of their own and are not in it."""
+        """Largest resident size so far; vLLM's engines run in processes of their own and are not in it (`engine_peak_bytes`)."""
         return peak_memory_bytes()
 
 

@@ -1,16 +1,17 @@
 """What came out, for people: the facts of every scenario read from the shelf, as tables and as self-contained HTML pages."""
 
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from assets.children import loss_lines
-from assets.costs import parent_block, read_cost_table
+from assets.costs import block_share_rows, parent_architecture, parent_block, read_cost_table
 from assets.facts import frontier_points, ratio_points, read_chain, result_row
 from assets.online import ALTERNATIVES
-from assets.plan import GROUPS, Plan
+from assets.plan import Plan
 from assets.predicted import predicted_pictures
+from assets.stages import stage_seconds
 from puzzle_dag.config import Scenario
 from puzzle_dag.costs.comparison import Comparison
 from puzzle_dag.report.costs import cost_panels, residual_plot
@@ -19,6 +20,7 @@ from puzzle_dag.report.loosened import LoosenedFact
 from puzzle_dag.report.pictures import frontier, score_heat_map
 from puzzle_dag.report.scenario import (
     ConstraintFact,
+    PerplexityFact,
     ScenarioFacts,
     ServedFact,
     TaskFact,
@@ -28,7 +30,6 @@ from puzzle_dag.report.scenario import (
 from puzzle_dag.report.tables import format_percent, format_quantity
 from puzzle_dag.store import fingerprint, write_atomically
 from resources.rows import read_rows
-from resources.shelf import Record
 from resources.workspace import Workspace
 
 _RETENTION = "retention, corrected for chance"
@@ -105,6 +106,11 @@ def _tasks(accuracy: Mapping[str, Any]) -> list[TaskFact]:
     ]
 
 
+def _perplexities(accuracy: Mapping[str, Any]) -> list[PerplexityFact]:
+    shown = ("task", "metric", "parent", "child")
+    return [PerplexityFact(**{k: p[k] for k in shown}, stderr=p["difference_stderr"]) for p in accuracy.get("perplexities", ())]
+
+
 def _speculation(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the page tells of a child as a draft model."""
     return {
@@ -146,6 +152,7 @@ def scenario_facts(plan: Plan, workspace: Workspace, name: str) -> ScenarioFacts
         served=_served(name, solution, served, target.input_length + target.output_length) if served else (),
         kl={stage: value["divergence"]["kl"]["mean"] for stage, value in stages.items() if value},
         tasks=_tasks(chain.accuracy or {}),
+        perplexities=_perplexities(chain.accuracy or {}),
         uptrain_curves=loss_lines(healed["curve"]) if healed else {},
         retention_floor=spec.get("retention_floor"),
         load=chain.load_curve["curve"]["levels"] if chain.load_curve else (),
@@ -177,28 +184,21 @@ def results_table(plan: Plan, workspace: Workspace, facts: Sequence[ScenarioFact
         cells |= {f"retention {t.task}": format_percent(t.retention, t.stderr) for t in fact.tasks}
         if mean.get("value") is not None:
             cells["retention, mean"] = format_percent(mean["value"], mean["stderr"])
+        cells |= {f"{p.metric} {p.task} (parent)": f"{p.child:.3f} ({p.parent:.3f})" for p in fact.perplexities}
         columns.append(cells)
     names = list(dict.fromkeys(name for cells in columns for name in cells))
     return Table(("", *(f.name for f in facts)), [(n, *(cells.get(n, "not run") for cells in columns)) for n in names], caption=_CAPTION)
 
 
-def _timed_records(workspace: Workspace) -> Iterator[tuple[str, list[Record]]]:
-    """Yield each timed asset's records, in the order of the data flow."""
-    for name in (n for names in GROUPS.values() for n in names):
-        found = [workspace.shelf.find(name, p.stem) for p in sorted(workspace.shelf.path(name).parent.glob("*.json"))]
-        records = [r for r in found if r is not None and r.seconds > 0]
-        if records:
-            yield name, records
-
-
-def stage_seconds(workspace: Workspace) -> dict[str, float]:
-    """Return the seconds that each asset took, all partitions together, in the order of the data flow."""
-    return {name: sum(r.seconds for r in records) for name, records in _timed_records(workspace)}
-
-
-def stage_peak_memory_bytes(workspace: Workspace) -> dict[str, int]:
-    """Return the most memory that the process held in each asset, over its partitions; engines have processes of their own."""
-    return {name: max(r.peak_memory_bytes for r in records) for name, records in _timed_records(workspace)}
+def _cost_tables(plan: Plan, workspace: Workspace) -> list[Table]:
+    """Return of every target that has costs what share of the parent's time its blocks take."""
+    tables = []
+    for target in workspace.shelf.value("cost_table")["targets"]:
+        shares = block_share_rows(read_cost_table(workspace, target), parent_architecture(plan))
+        rows = [(f"{row.pop('batch'):.0f}", *(format_percent(share) for share in row.values())) for row in shares]
+        caption = f"{target}: how much of the parent's time its blocks take; the rest no other block can save"
+        tables.append(Table(("batch", "of prefill", "of decode", "of both"), rows, caption=caption))
+    return tables
 
 
 def _pictures(workspace: Workspace) -> list[Picture]:
@@ -281,6 +281,7 @@ def write_reports(
         predicted=list(predicted_pictures(foreseen.value["rows"] if foreseen else ()).values()),
         machine=machine,
         pictures=_pictures(workspace) if all(records) else (),
+        costs=_cost_tables(plan, workspace) if all(records) else (),
         pages=[(f.name, f"{f.name}.html") for f in facts],
         footer=footer,
     )

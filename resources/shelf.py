@@ -37,6 +37,8 @@ class Record:
     """What it took, the wait for the device not counted."""
     peak_memory_bytes: int = 0
     """Most memory that the process held meanwhile."""
+    engine_peak_bytes: int = 0
+    """Most memory that one of the engines held that it started, each in a process of its own; 0 where there was none."""
 
     @property
     def value_digest(self) -> str:
@@ -88,10 +90,12 @@ class Shelf:
         watched: Any = None,
         seconds: float = 0.0,
         peak_memory_bytes: int = 0,
+        engine_peak_bytes: int = 0,
     ) -> Record:
         """Write a record; `files` must exist. `watched` is any JSON value, of which the fingerprint is kept."""
         sizes = {self._relative(path): path.stat().st_size for path in files}
-        record = Record(value, data_version, "" if watched is None else fingerprint(watched), sizes, seconds, peak_memory_bytes)
+        seen = "" if watched is None else fingerprint(watched)
+        record = Record(value, data_version, seen, sizes, seconds, peak_memory_bytes, engine_peak_bytes)
         write_atomically(self.path(asset, partition), json.dumps(asdict(record), indent=1, sort_keys=True))
         return record
 

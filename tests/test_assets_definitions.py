@@ -7,7 +7,10 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.code_pointer import CodePointer
 from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.definitions.reconstruct import initialize_repository_def_from_pointer
+from dagster._core.workspace.load import location_origins_from_yaml_paths
 from micro_project import CHECKOUT, Project, make_project
 from transformers import LlamaConfig
 
@@ -178,3 +181,18 @@ def test_a_location_is_named_by_its_profile(project: Project, monkeypatch: pytes
     for attribute in ("micro", "defs"):
         graph = getattr(module, attribute).resolve_asset_graph()
         assert dg.AssetKey(["micro", "child"]) in graph.get_all_asset_keys()
+
+
+def test_the_shipped_workspace_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make ui` serves: Dagster reads the file and finds a repository behind each of its locations."""
+    monkeypatch.setenv("PUZZLE_DAG_ROOT", str(CHECKOUT))
+    monkeypatch.chdir(CHECKOUT)
+    origins = location_origins_from_yaml_paths([str(CHECKOUT / "workspace.yaml")])
+    assert {"tiny", "quality"} <= {origin.location_name for origin in origins}
+    for origin in origins:
+        target = origin.loadable_target_origin
+        assert (CHECKOUT / "conf" / "profiles" / f"{origin.location_name}.yaml").is_file() and target.module_name == "assets.definitions"
+        pointer = CodePointer.from_module(target.module_name, target.attribute, target.working_directory)
+        repository = initialize_repository_def_from_pointer(pointer)
+        assert {key.path[0] for key in repository.asset_graph.get_all_asset_keys()} == {origin.location_name}
+        assert f"refresh_{origin.location_name}_job" in repository.job_names

@@ -6,6 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoConfig
 
+from assets.costs import block_share_rows
 from puzzle_dag.architecture import FFN, Attention, Block
 from puzzle_dag.config import Target
 from puzzle_dag.costs.memory import kv_bytes_per_token, size_model, weight_bytes
@@ -95,6 +96,21 @@ def test_the_search_adds_up_what_variants_cost_among_unlike_layers(shape):
     child = (Block.parse("kv1/w64"), Block.parse("kv4/linear"))
     assert float(costs.seconds(child, 4, "prefill")) == pytest.approx(table.seconds(child, 4, "prefill"))
     assert float(costs.seconds((PARENT,) * 2, 4, "prefill")) == pytest.approx(table.seconds((PARENT,) * 2, 4, "prefill"))
+
+
+def test_the_blocks_share_is_what_the_constant_leaves(table):
+    for architecture in ((PARENT,) * 2, (Block.parse("kv1/w64"), Block.parse("noop/linear")), (Block.parse("noop/noop"),)):
+        for batch in (1, 4):
+            for phase in ("prefill", "decode"):
+                total, constant = (true_seconds(a, batch, phase) for a in (architecture, ()))
+                assert table.block_share(architecture, batch, phase) == pytest.approx(1 - constant / total, abs=0.01)
+    rows = block_share_rows(table, (PARENT,) * 2)
+    assert [r["batch"] for r in rows] == [1, 4]
+    for row in rows:
+        # 2 ms beside two blocks of 9 ms in both phases
+        assert [row[f"blocks_of_{part}"] for part in ("prefill", "decode", "all")] == pytest.approx([0.9] * 3, abs=0.005)
+        each = [[table.seconds(a, row["batch"], p) for p in ("prefill", "decode")] for a in ((PARENT,) * 2, ())]
+        assert row["blocks_of_all"] == pytest.approx(1 - sum(each[1]) / sum(each[0]))
 
 
 def test_rows_say_where_they_come_from(table):

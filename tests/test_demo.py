@@ -1,18 +1,21 @@
 """The demo's table and reports, from records of the real types: every number shown is the one that was recorded."""
 
+import re
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from micro_project import Project
 
 from assets import demo
-from assets.demo import describe_machine
-from assets.reports import read_commit, results_table, scenario_facts, stage_seconds, write_reports
+from assets.demo import describe_machine, run_demo
+from assets.reports import read_commit, results_table, scenario_facts, write_reports
+from assets.stages import stage_seconds, stage_table
 from puzzle_dag.architecture import FFN, Block
 from puzzle_dag.children.divergence import Divergence, Estimate
-from puzzle_dag.children.retention import MeanRetention, Retention
+from puzzle_dag.children.retention import MeanRetention, Perplexity, Retention
 from puzzle_dag.children.serve import ServedModel, ServingReport, SpeedUp
 from puzzle_dag.config import ParentSource, read_scenario, read_target
 from puzzle_dag.costs.roofline import estimate_table
@@ -97,7 +100,12 @@ def put_child(workspace: Workspace) -> None:
         "child": {"solution": "choice", "digest": "assembled", "divergence": divergence(0.5)},
         "uptrained_child": {"child": "assembled", "digest": "healed", "divergence": divergence(0.0625), "curve": curve},
         "serving": {"uptrained_child": "healed", "target": "cpu-prefill", "report": asdict(report)},
-        "accuracy": {"uptrained_child": "healed", "retention": [asdict(kept), asdict(undefined)], "mean": asdict(mean)},
+        "accuracy": {
+            "uptrained_child": "healed",
+            "retention": [asdict(kept), asdict(undefined)],
+            "mean": asdict(mean),
+            "perplexities": [asdict(Perplexity("stdlib_perplexity", "bits_per_byte", 2.25, 2.3125, 0.0625, 0.004, 60))],
+        },
     }
     for asset, value in records.items():
         workspace.shelf.put(asset, NAME, value, data_version="v", seconds=2.0)
@@ -140,6 +148,7 @@ def test_the_table_shows_what_was_recorded(plan, workspace):
         "KL uptrained (nats a token)": "0.0625",
         "retention skill_sort": "94.6 ± 0.7 %",
         "retention, mean": "94.6 ± 0.7 %",
+        "bits_per_byte stdlib_perplexity (parent)": "2.312 (2.250)",
     }
     assert NAME in text_table(table.header, table.rows)
 
@@ -219,6 +228,35 @@ def test_stages_add_up_their_partitions_in_the_order_of_the_data_flow(workspace)
     assert list(seconds).index("block_library") < list(seconds).index("child") < list(seconds).index("accuracy")
 
 
+def test_engines_have_a_column_of_their_own(workspace):
+    workspace.shelf.put("serving", NAME, {}, data_version="v", seconds=3.0, peak_memory_bytes=2**29, engine_peak_bytes=3 * 2**30)
+    workspace.shelf.put("block_costs", "cpu-chat", {}, data_version="v", seconds=1.0, peak_memory_bytes=2**30, engine_peak_bytes=2**30)
+    table = stage_table(workspace)
+    assert table.header == ("stage", "time", "peak memory, engines aside", "peak memory of an engine")
+    rows = {name: cells for name, *cells in table.rows}
+    assert rows["serving"] == ["3 s", "0.50 GiB", "3.00 GiB"] and rows["block_costs"] == ["1 s", "1.00 GiB", "1.00 GiB"]
+    assert rows["block_library"] == ["1 min 0 s", "", ""] and rows["all"][1:] == ["1.00 GiB", "3.00 GiB"]
+
+
+def test_the_demo_says_results_machine_stages_and_where_the_report_lies(project: Project, monkeypatch):
+    monkeypatch.setattr(demo, "measure_matmul_rate", lambda seconds: 123.4e9)
+    said: list[str] = []
+    record = run_demo(project.root, "micro", said.append)
+    assert record.ok and record.ran == []
+    text = "\n".join(said)
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    header = next(line for line in text.splitlines() if "micro-small" in line)
+    assert header.split() == ["micro-small", "micro-light"]
+    for name in ("asked for", "throughput, measured", "memory, predicted", "KL uptrained (nats a token)"):
+        assert name in lines and "not run" not in lines[name]
+    assert "matrix product: 123 GFLOP/s (bf16, measured)" in text and "this refresh: 0 materialized, 0 failed" in text
+    for stage in ("block_costs", "parent_serving", "serving", "all"):
+        assert re.fullmatch(rf"{stage} .* [0-9.]+ GiB +0.75 GiB", lines[stage]), "the engine of the tests says 0.75 GiB"
+    assert re.fullmatch(r"block_library .* [0-9.]+ GiB", lines["block_library"])
+    (report,) = (Path(line.removeprefix("report: ")) for line in text.splitlines() if line.startswith("report: "))
+    assert report == project.workspace.var / "reports" / "index.html" and "micro-small.html" in report.read_text()
+
+
 def test_reports_are_written_once_and_again_only_when_something_changed(plan, workspace):
     scores = [{"layer": layer, "block": block, "kl": 0.1} for layer in range(2) for block in ("kv8/w768", "kv4/w384")]
     write_rows(workspace.tables / "score_table.parquet", scores)
@@ -235,7 +273,9 @@ def test_reports_are_written_once_and_again_only_when_something_changed(plan, wo
     index = write()
     page = index.read_text()
     assert "1.47 x (1.40 to 1.54)" in page and "1 min 0 s" in page and page.count("<img") == 5
-    assert "94.6 ± 0.7 %" in (index.parent / f"{NAME}.html").read_text()
+    assert page.count("how much of the parent&#x27;s time its blocks take") == 1 and "of prefill" in page
+    own = (index.parent / f"{NAME}.html").read_text()
+    assert "94.6 ± 0.7 %" in own and "+0.062 ± 0.004" in own
     written = index.stat().st_mtime_ns
     assert write().stat().st_mtime_ns == written
     accuracy = workspace.shelf.value("accuracy", NAME)

@@ -56,7 +56,7 @@ class TickingEngine:
                 weight_bytes=None if job.folder is None else 1000,
                 kv_bytes_per_token=100,
                 kv_capacity_tokens=1000,
-                peak_rss_bytes=1,
+                peak_rss_bytes=3 * 2**28,
                 start_s=0.0,
                 engine_version="ticking 1.0",
                 hardware="test",

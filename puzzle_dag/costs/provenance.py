@@ -39,6 +39,8 @@ class Provenance:
     engine_bytes: int | None
     """Memory that an engine took beside weights and KV cache: the median over the engines. On CPUs resident memory, vLLM's code and
     libraries included; on GPUs what was in use on one GPU."""
+    engine_peak_bytes: int | None = None
+    """Most memory that one engine's process held, weights and KV cache included; None where it was not kept."""
     capacity: tuple[dict[str, Any], ...] = ()
     """KV cache by arithmetic beside what the engine reported, an entry a model."""
     imported_from: str | None = None

@@ -153,6 +153,15 @@ class CostTable:
         is_mixed = len({(r.place, r.variant) for r in rows if r.mixing_s}) > 1
         return self.constant_seconds(batch, phase) + sum(r.seconds - (0.0 if is_mixed else r.mixing_s) for r in rows)
 
+    def block_share(self, architecture: Architecture, batch: int, phase: Phase | None = None) -> float:
+        """Return the share of a model's predicted time that its blocks take, in a phase or over both; the rest is the constant.
+
+        Only that share can be saved by other blocks. Raises CostTableError for a variant that was not measured.
+        """
+        phases = PHASES if phase is None else (phase,)
+        constant = sum(self.constant_seconds(batch, p) for p in phases)
+        return 1 - constant / sum(self.seconds(architecture, batch, p) for p in phases)
+
     def to_piece_costs(self, shape: "PuzzleDagConfig") -> PieceCosts:
         """Return the table as the search sees it, for a parent of this shape (every layer alike)."""
         names = sorted({(r.place, r.variant) for r in self.rows})

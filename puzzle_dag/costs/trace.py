@@ -39,5 +39,6 @@ def trace_provenance(shape: PuzzleDagConfig, target: Target, measured: list[Meas
         num_probes=len({m.architecture for m in measured}),
         num_engines=len(measured),
         engine_bytes=measure_engine_bytes(shape, target, measured),
+        engine_peak_bytes=max(m.result.peak_rss_bytes for m in measured),
         capacity=tuple(asdict(c) for c in capacity),
     )

@@ -121,6 +121,14 @@ def retention_metadata(
     return metadata
 
 
+def _accuracy_rows(scenario: str, kept: "list[Retention]", text: "list[Perplexity]") -> list[dict[str, Any]]:
+    """Return the rows of the table: accuracies, then what is none, without chance and retention."""
+    from puzzle_dag.children.retention import Retention
+
+    columns = [f.name for f in fields(Retention)]
+    return [{"scenario": scenario, **{c: getattr(r, c, None) for c in columns}} for r in (*kept, *text)]
+
+
 def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     settings = {"accuracy": plan.profile.accuracy.model_dump(), "seed": plan.profile.seed}
 

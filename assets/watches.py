@@ -7,6 +7,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 - `run_scores` of a layer are those of the runs that begin at it, and `task_scores` grades these, too; no other run makes them stale.
 - `parent_accuracy` and `task_scores` may ask items that are drawn from the library of the Python that runs.
 - `block_costs` may be analytic only where a scenario that its target is one of the targets of says so, and nobody measured it.
+- `parent_accuracy` and `task_scores` may ask items that are drawn from the library of the Python that runs.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `block_costs` takes what was imported for a target that this machine can't measure.
 - `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.

@@ -30,7 +30,7 @@ from puzzle_dag.engine.environment import KEEP_MEMORY, engine_environment
 from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.hardware import Hardware, HardwareMismatchError, check_hardware, detect_hardware, measure_matmul_rate
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
-from puzzle_dag.engine.kv_cache import size_kv_cache
+from puzzle_dag.engine.kv_cache import predict_capacity_tokens, size_kv_cache
 from puzzle_dag.engine.worker import count_prefill_tokens, count_tensor_bytes
 from puzzle_dag.model.checkpoint import child_config, save_checkpoint
 from puzzle_dag.model.families import to_puzzle_dag_config
@@ -386,6 +386,24 @@ def test_vllm_serves_parent_and_child_in_turns(micro_parent_folder, shape, tmp_p
     speedup = report.speedup_of("small", 2)
     assert speedup.predicted == 2.0 and speedup.low <= speedup.speedup <= speedup.high
     assert speedup.speedup == pytest.approx(report.of("parent", 2).total_s / served.total_s, rel=1.0)
+
+
+def test_vllm_is_measured_compiled_with_an_engine_core_of_its_own(shape, tmp_path, monkeypatch):
+    """Real vLLM as the GPUs' targets ask for it: compiled, the engine core and its worker in processes of their own."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    target = make_target(mode="compiled", multiprocess=True, dtype="float32")
+    architecture = (Block.parse("linear/noop"), Block.parse("kv1/noop"))
+    # So many tokens that the tables outweigh what an importing process takes: 2 * 1,500,000 * 64 * 4 bytes are 768 MB.
+    config = {**json.loads(json.dumps(serving_config(shape, architecture))), "vocab_size": 1_500_000, "tie_word_embeddings": False}
+    settings, workload = EngineSettings.of(target), Workload.of(target)
+    (result,) = run_engines([EngineJob(name="child", config=config, settings=settings, workload=workload)], retry=False)
+    assert [t.batch for t in result.times] == [1, 2]
+    assert all(len(t.total_s) == 2 and 0 < p < s for t in result.times for p, s in zip(t.prefill_s, t.total_s, strict=True))
+    per_token = kv_bytes_per_token(shape, architecture, NumberTypes.of(target))
+    assert result.kv_bytes_per_token == per_token and result.kv_capacity_tokens == predict_capacity_tokens(result, per_token)
+    assert result.kv_capacity_tokens >= 2 * 36 and result.kv_cache_bytes == size_kv_cache(config, workload, settings)
+    assert result.peak_rss_bytes > 768_000_000 and result.device_bytes is None, "the memory is that of the process with the weights"
+    assert list((tmp_path / "cache").rglob("torch_aot_compile")), "nothing was compiled"
 
 
 @pytest.mark.parametrize(

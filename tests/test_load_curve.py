@@ -108,7 +108,8 @@ def test_an_interrupted_run_goes_on_where_it_was(micro_parent_folder: Path, benc
     assert sorted(kept) == [("fast", 0, 1), ("parent", 0, 1), ("parent", 0, 4)]
     bench.breaks_at, bench.servers = None, []
     found = measure_load_curve(micro_parent_folder, {"fast": micro_parent_folder}, TARGET, SETTINGS, **options)
-    assert bench.servers == [("fast", 0, (4,)), *((m, turn, (1, 4)) for turn in (1, 2) for m in ("parent", "fast"))] and len(found.levels) == 4
+    assert bench.servers == [("fast", 0, (4,)), *((model, turn, (1, 4)) for turn in (1, 2) for model in ("parent", "fast"))]
+    assert len(found.levels) == 4
 
 
 def test_bad_input_is_refused_before_a_server_starts(micro_parent_folder: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

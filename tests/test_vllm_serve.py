@@ -1,11 +1,15 @@
 """`vllm serve CHILD` over real HTTP: an OpenAI client's completions and chat, and vLLM's own benchmark against it.
 
-One server for the whole file: the child of every kind of place, float32, eager, with the engine core in a process of
-its own (the server's default); the weights are random, the model small.
+One server for the whole file, started by the command that the README shows: the child of every kind of place, with the
+engine core in a process of its own, as a server always has it; the weights are random, the model small.
 """
 
 import os
+import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,8 @@ openai = pytest.importorskip("openai")
 _BLOCKS = ("noop/w64", "kv4/w128", "linear/noop", "kv2/linear")
 _MAX_LENGTH = {"input_length": 40, "output_length": 24}
 _NUM_NEW = 10
+# What the README's command doesn't say: float32, since near-ties fall differently in bfloat16, and that answers may tell of all logits.
+_EXACT = ["--dtype", "float32", "--logprobs-mode", "raw_logits", "--max-logprobs", "-1"]
 
 
 def make_target(**changes: Any) -> Target:
@@ -49,11 +55,22 @@ def folder(child: PuzzleDagForCausalLM, micro_tokenizer: Any, tmp_path_factory: 
     return path
 
 
+def shown_command(folder: Path, name: str, _: Target, __: int, port: int) -> list[str]:
+    """Return the README's `.venv/bin/vllm serve CHECKPOINT ...` for a checkpoint, on a port of its own and with exact numbers."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (arguments,) = re.findall(r"^\.venv/bin/vllm serve var/store/\S+ (.+)$", readme, re.MULTILINE)
+    given = [*shlex.split(arguments), "--port", str(port), "--served-model-name", name, *_EXACT]
+    return [str(Path(sys.executable).with_name("vllm")), "serve", str(folder), *given]
+
+
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     if detect_hardware().kind != "cpu":
         pytest.skip("the target of this test is the local CPU")
-    with serve(folder, "child", make_target(), max_concurrency=2, start_limit_s=1800) as running:
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("puzzle_dag.serving.server.serve_command", shown_command)
+            running = stack.enter_context(serve(folder, "child", make_target(), max_concurrency=2, start_limit_s=1800))
         yield running
         group = running.program.process_group
     with pytest.raises(ProcessLookupError):
@@ -89,6 +106,21 @@ def test_completions_are_those_of_our_model(server: Server, client: Any, child: 
         assert answer.choices[0].text == micro_tokenizer.decode(expected, skip_special_tokens=True)
 
 
+def test_logits_are_those_of_our_model(client: Any, child: PuzzleDagForCausalLM) -> None:
+    """Whole rows, of the prompt and of what is generated, from an engine core in a process of its own."""
+    prompt, num_tokens = list(range(100, 120)), child.config.vocab_size
+    wanted = {"prompt_logprobs": -1, "return_tokens_as_token_ids": True, "return_token_ids": True, "ignore_eos": True}
+    answer = client.completions.create(
+        model="child", prompt=prompt, max_tokens=_NUM_NEW, temperature=0, logprobs=num_tokens, extra_body=wanted
+    )
+    choice = answer.choices[0].model_dump()
+    rows = [[entries[str(token)]["logprob"] for token in range(num_tokens)] for entries in choice["prompt_logprobs"][1:]]
+    rows += [[entries[f"token_id:{token}"] for token in range(num_tokens)] for entries in choice["logprobs"]["top_logprobs"]]
+    with torch.no_grad():
+        expected = child(torch.tensor([prompt + choice["token_ids"]]), use_cache=False).logits[0, :-1]
+    torch.testing.assert_close(torch.tensor(rows), expected, atol=1e-4, rtol=0)
+
+
 def test_chat_goes_through_the_inherited_template(client: Any, child: PuzzleDagForCausalLM, micro_tokenizer: Any) -> None:
     messages = [
         {"role": "user", "content": "sum: 3 + 4 ="},
@@ -122,15 +154,11 @@ def _check(point: LoadPoint, target: Target) -> None:
     assert point.ttft_median_s < point.latency_median_s <= point.latency_p99_s <= point.duration_s
 
 
-def test_a_server_that_can_not_start_says_why(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*arguments: Any) -> list[str]:
-        command = serve_command(*arguments)
-        return [command[0], "-c", "import sys; print('no such attention backend', file=sys.stderr); sys.exit(3)", *command[3:]]
-
-    monkeypatch.setattr("puzzle_dag.serving.server.serve_command", broken)
+def test_a_server_that_can_not_start_says_why(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real vLLM takes each of our arguments, and refuses a quantisation that it doesn't know before it starts an engine."""
     with (
-        pytest.raises(ServerFailedError, match=r"(?s)ended with status 3 .*no such attention backend"),
-        serve(folder, "child", make_target(), max_concurrency=2),
+        pytest.raises(ServerFailedError, match=r"(?s)ended with status 1 .*Unknown quantization method: int7"),
+        serve(folder, "child", make_target(quantization="int7", kv_cache_dtype="fp8"), max_concurrency=2),
     ):
         pass
     monkeypatch.setattr("puzzle_dag.serving.server.serve_command", lambda *a: [serve_command(*a)[0], "-c", "import time; time.sleep(600)"])

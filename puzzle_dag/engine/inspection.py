@@ -3,6 +3,7 @@
 The functions that take a worker run inside the engine's own processes.
 """
 
+import resource
 from typing import Any
 
 from puzzle_dag.engine.jobs import EngineSettings
@@ -48,6 +49,14 @@ def check_precision(llm: Any, settings: EngineSettings) -> None:
             f"quantization is {settings.quantization!r}, and vLLM started, but left {len(plain)} linear maps as they were, "
             f"{plain[0]} for one: what would be measured is {settings.dtype}"
         )
+
+
+def read_peak_rss_bytes(worker: Any) -> float:
+    """Return the largest resident memory that a worker's process has had; runs there.
+
+    From outside it can't be told: an engine's own workers are our children's children, and are not waited for.
+    """
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
 def read_device_bytes(worker: Any) -> float:

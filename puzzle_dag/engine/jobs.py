@@ -129,7 +129,7 @@ class EngineResult:
     kv_capacity_tokens: int
     """Tokens the KV cache has room for, where none has left a layer's window yet."""
     peak_rss_bytes: int
-    """Largest resident memory of the engine's process or of one of its children."""
+    """Largest resident memory of the engine's process or of one of its workers."""
     start_s: float
     """Seconds to start the engine."""
     engine_version: str

@@ -24,7 +24,13 @@ from typing import Any
 
 import numpy as np
 
-from puzzle_dag.engine.inspection import check_precision, count_kv_bytes_per_token, list_group_block_tokens, read_device_bytes
+from puzzle_dag.engine.inspection import (
+    check_precision,
+    count_kv_bytes_per_token,
+    list_group_block_tokens,
+    read_device_bytes,
+    read_peak_rss_bytes,
+)
 from puzzle_dag.engine.int8 import INT8, int8_config, prepare_checkpoint, quantization_argument
 from puzzle_dag.engine.jobs import BatchTimes, EngineJob, Workload
 from puzzle_dag.engine.kv_cache import count_capacity_tokens, size_kv_cache
@@ -152,11 +158,11 @@ def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
         times = _time_batches(llm, job, config["vocab_size"], channel)
         kv_bytes = sum(llm.collective_rpc(count_kv_bytes_per_token))
         device_bytes = max(llm.collective_rpc(read_device_bytes))
+        peak_rss_bytes = max(*llm.collective_rpc(read_peak_rss_bytes), read_peak_rss_bytes(None))
         cache, groups = llm.llm_engine.vllm_config.cache_config, llm.collective_rpc(list_group_block_tokens)[0]
         if settings.multiprocess:
             llm.llm_engine.engine_core.shutdown()
         weight_bytes = None if job.folder is None else count_tensor_bytes(folder)
-    peak_kib = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return {
         "name": job.name,
         "times": [{"batch": t.batch, "prefill_s": t.prefill_s, "total_s": t.total_s} for t in times],
@@ -168,7 +174,7 @@ def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
         "kv_cache_bytes": kv_cache_bytes,
         "kv_block_tokens": cache.block_size,
         "device_bytes": round(device_bytes) or None,
-        "peak_rss_bytes": peak_kib * 1024,
+        "peak_rss_bytes": round(peak_rss_bytes),
         "start_s": start_s,
     }
 

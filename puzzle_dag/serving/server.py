@@ -78,8 +78,9 @@ def serve_command(folder: Path, name: str, target: Target, max_concurrency: int,
     }
     flags = ["--no-enable-prefix-caching", *(["--enforce-eager"] if target.mode == "eager" else [])]
     quantization = quantization_argument(target.quantization)
+    flags += ["--quantization", quantization] if quantization else []
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder.resolve())]
-    return [*command, *(str(x) for pair in options.items() for x in pair), *flags, *(["--quantization", quantization] if quantization else [])]
+    return [*command, *(str(x) for pair in options.items() for x in pair), *flags]
 
 
 def _is_healthy(port: int) -> bool:

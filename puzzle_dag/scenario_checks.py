@@ -159,10 +159,3 @@ def check_refinable(scenario: Scenario, profile: Profile, *, file: Path | None =
     if profile.refinement is not None and not scenario.objective.is_summed_losses:
         fix = f"minimise {', '.join(LOSSES)} or a sum of these, or take `refinement` out of conf/profiles/{profile.name}.yaml"
         raise _wrong(scenario, file, ("objective",), f"can't be refined, for a child in the making isn't measured by it; {fix}")
-
-
-def check_budget(scenario: Scenario, profile: Profile, *, file: Path | None = None) -> None:
-    """Check that a child is healed on whole rows, or not at all. Raises ConfigError."""
-    given, row = scenario.uptrain.tokens, profile.tokens.row_length
-    if 0 < given < row:
-        raise _wrong(scenario, file, ("uptrain", "tokens"), f"is {given}, less than one row of {row}; give 0, or at least {row}")

@@ -101,9 +101,7 @@ def _accuracy_rows(scenario: str, kept: "list[Retention]", text: "list[Perplexit
     return [{"scenario": scenario, **{c: getattr(r, c, None) for c in columns}} for r in (*kept, *text)]
 
 
-def retention_metadata(
-    scenario: str, kept: "list[Retention]", text: "list[Perplexity]", mean: "MeanRetention", floor: float
-) -> dict[str, Any]:
+def retention_metadata(scenario: str, kept: "list[Retention]", mean: "MeanRetention", floor: float) -> dict[str, Any]:
     """Return what the UI shows of a child's grades; there are bars where the parent is better than chance at a task."""
     from puzzle_dag.report.pictures import retention_bars
 
@@ -113,8 +111,6 @@ def retention_metadata(
         "mean_retention_stderr": mean.stderr if mean.stderr is not None else "undefined",
         "retention": table([{k: getattr(r, k) for k in shown} for r in kept]),
     }
-    if text:
-        metadata["perplexities"] = table([asdict(p) for p in text])
     bars = {r.task: (r.corrected, r.corrected_stderr or 0.0) for r in kept if r.corrected is not None}
     if bars:
         metadata["picture"] = picture(retention_bars(bars, floor=floor, title=scenario), "retention")
@@ -169,7 +165,10 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
             workspace,
             value,
             files=[write_rows(path, _accuracy_rows(context.partition_key, kept, text))],
-            metadata=retention_metadata(context.partition_key, kept, text, mean, floor),
+            metadata={
+                **retention_metadata(context.partition_key, kept, mean, floor),
+                **({"perplexities": table([asdict(p) for p in text])} if text else {}),
+            },
             time=time,
         )
 

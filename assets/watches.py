@@ -209,7 +209,7 @@ def watch_predicted_frontier(plan: Plan, workspace: Workspace, _: str | None = N
     for name in workspace.read_profile().scenarios:
         spec = workspace.shelf.find("scenario_spec", name)
         records = [workspace.shelf.find(asset, name) for asset in dict.fromkeys(("solution", plan.chosen))]
-        of_today = [r for r in records if r is not None and spec is not None and r.value["scenario_spec"] == fingerprint(spec.value)]
+        of_today = [r for r in records if r is not None and spec is not None and r.value.get("scenario_spec") == fingerprint(spec.value)]
         if of_today:
             found[name] = [part for r in of_today for part in (r.data_version, r.value["solution"]["batch"])]
     return found

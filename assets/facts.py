@@ -45,7 +45,7 @@ def read_chain(plan: Plan, workspace: Workspace, name: str) -> Chain:
 
     def after(above: Mapping[str, Any] | None, asset: str, link: str, digest: Any) -> Mapping[str, Any] | None:
         found = None if above is None else value(asset)
-        return found if found is not None and above is not None and found[link] == digest(above) else None
+        return found if found is not None and above is not None and found.get(link) == digest(above) else None
 
     spec = value("scenario_spec")
     solved = after(spec, "solution", "scenario_spec", fingerprint)

@@ -1,5 +1,6 @@
 """`python -m assets status`: what is stale, why, and how long it will take, without running anything."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -9,6 +10,17 @@ from assets.estimates import PastRuns
 from assets.plan import make_plan
 from assets.refresh import Refresh
 from puzzle_dag.report.tables import format_seconds, text_table
+
+
+_LINE = 110
+"""Characters of reasons that fit beside an item and its time in a terminal."""
+
+
+def _shortened(reasons: Sequence[str]) -> str:
+    """Return reasons in one line: as many as fit, and how many more there are."""
+    shown = [r for i, r in enumerate(reasons) if i == 0 or len("; ".join(reasons[: i + 1])) <= _LINE]
+    hidden = len(reasons) - len(shown)
+    return "; ".join([*shown, f"{hidden} more"] if hidden else shown)
 
 
 def describe_status(root: Path, profile: str, instance: dg.DagsterInstance) -> list[str]:
@@ -25,7 +37,7 @@ def describe_status(root: Path, profile: str, instance: dg.DagsterInstance) -> l
     times = ["unknown" if s is None else format_seconds(s) for s in seconds] + ["checks only"] * len(unchecked)
     lines = []
     if times:
-        rows = [(str(o.item), "; ".join(o.reasons), time) for o, time in zip([*stale, *unchecked], times, strict=True)]
+        rows = [(str(o.item), _shortened(o.reasons), time) for o, time in zip([*stale, *unchecked], times, strict=True)]
         lines += [text_table(("to bring up to date", "why", "up to"), rows), ""]
     lines += [f"check {check} did not pass" for check in record.failed_checks]
     known, num_unknown = sum(s for s in seconds if s is not None), seconds.count(None)

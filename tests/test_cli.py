@@ -161,7 +161,7 @@ def test_measure_holds_models_out_and_says_and_keeps_what_they_tell(root, monkey
     assert cli.main(["--root", str(root), "measure", "--profile", "micro", "--target", "micro-eager", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "8 held-out models, predicted against measured" in text and text.count("passed") == 2 and "failed" not in text
-    assert len(engine.jobs) == 8 + 2 * 8, "probes once, as the target says; held-out models twice"
+    assert len(engine.jobs) == 8 + 4 + 2 * 8, "probes and mixtures once, as the target says; held-out models twice"
     kept = CostTable.read(out).provenance.comparisons
     assert {c["kind"] for c in kept} == {"probe", "held out"} and len({c["model"] for c in kept if c["kind"] == "held out"}) == 8
     assert cli.main(["costs", "show", str(out)]) == 0

@@ -126,7 +126,7 @@ def test_probes_and_held_out_models_are_kept_with_what_was_predicted(project: Pr
     rows = ask(
         project, "SELECT kind, count(DISTINCT model), min(num_engines), max(abs(error)) FROM predictions GROUP BY kind ORDER BY kind"
     )
-    assert [r[:3] for r in rows] == [("held out", 8, 2), ("probe", 8, 1)]
+    assert [r[:3] for r in rows] == [("held out", 8, 2), ("probe", 12, 1)]
     assert all(r[3] < 0.01 for r in rows)  # the ticking engine adds up, but for a thousandth a round
     assert not ask(project, f"SELECT 1 FROM predictions WHERE target = '{GPU}'")
     overlap = "SELECT 1 FROM predictions a JOIN predictions b USING (model) WHERE a.kind = 'probe' AND b.kind = 'held out'"
@@ -250,7 +250,7 @@ def test_imported_costs_are_called_imported_wherever_they_are_told_of(project: P
     assert ask(project, f"SELECT DISTINCT costs FROM predicted_frontier WHERE target = '{GPU}'") == [("imported",)]
     page = (project.workspace.var / "reports" / f"{ESTIMATED}.html").read_text()
     assert "<td>imported</td>" in page and "<td>analytic</td>" not in page
-    assert check_metadata(project, GPU)["description"].startswith("Nothing was checked: the costs are imported")
+    assert check_metadata(project, GPU)["description"].startswith("Nothing was checked: the imported file has no held-out models")
     shutil.rmtree(project.workspace.store.root / IMPORT_KIND)
     assert f"block_costs[{GPU}]" in project.refresh(select=SEARCH).ran
     assert project.workspace.shelf.value("solution", ESTIMATED)["solution"]["notes"]["costs"] == "analytic"

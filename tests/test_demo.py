@@ -98,7 +98,7 @@ def put_child(workspace: Workspace) -> None:
     curve = [{"tokens": t, "cosine": 1 / (t + 1), "kl": 2 / (t + 1)} for t in range(3)]
     records = {
         "child": {"solution": "choice", "digest": "assembled", "divergence": divergence(0.5)},
-        "uptrained_child": {"child": "assembled", "digest": "healed", "divergence": divergence(0.0625), "curve": curve},
+        "uptrained_child": {"child": "assembled", "digest": "healed", "key": "0" * 64, "divergence": divergence(0.0625), "curve": curve},
         "serving": {"uptrained_child": "healed", "target": "cpu-prefill", "report": asdict(report)},
         "accuracy": {
             "uptrained_child": "healed",
@@ -202,7 +202,7 @@ def test_both_bounds_and_every_budget_are_told(plan, workspace):
         "latency_s": ("at least 100 ms and at most 700 ms, batch 8", 0.66),
         "memory_bytes": ("at least 0.25 and at most 0.5 x the parent's, batch 8, 256 tokens", 7.5 * MIB),
         "parameters": ("equal to 7e+06 within 1 %, batch 8", 7_000_000),
-        "kl": ("at most 0.3, summed", 0.25),
+        "kl": ("at most 0.3 nats, summed", 0.25),
     }
     page = render_scenario(facts)
     for row in (

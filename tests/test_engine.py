@@ -316,7 +316,7 @@ def test_vllm_measures_only_what_is_missing(shape, tmp_path, monkeypatch):
         return real(jobs, **arguments)
 
     monkeypatch.setattr(measure, "run_engines", watched)
-    target, parent = make_target(), Block.parse("kv4/w128")
+    target, parent = make_target(mixtures=0), Block.parse("kv4/w128")
     attentions, ffns = [Attention("gqa", 4), Attention("noop")], [FFN("swiglu", 128), FFN("linear"), FFN("noop")]
     table = measure_target(shape, parent, target, attentions, ffns, store)
     again = measure_target(shape, parent, target, attentions, ffns, store)

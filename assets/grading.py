@@ -93,14 +93,6 @@ def _parent_accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     return parent_accuracy
 
 
-def _accuracy_rows(scenario: str, kept: "list[Retention]", text: "list[Perplexity]") -> list[dict[str, Any]]:
-    """Return the rows of the table: accuracies, then what is none, without chance and retention."""
-    from puzzle_dag.children.retention import Retention
-
-    columns = [f.name for f in fields(Retention)]
-    return [{"scenario": scenario, **{c: getattr(r, c, None) for c in columns}} for r in (*kept, *text)]
-
-
 def retention_metadata(scenario: str, kept: "list[Retention]", mean: "MeanRetention", floor: float) -> dict[str, Any]:
     """Return what the UI shows of a child's grades; there are bars where the parent is better than chance at a task."""
     from puzzle_dag.report.pictures import retention_bars

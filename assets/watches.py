@@ -5,7 +5,6 @@ has another one, the refresh runs the asset again. For a configuration asset the
 
 - `cost_variants` hangs on every layer's space, but only on their union.
 - `run_scores` of a layer are those of the runs that begin at it, and `task_scores` grades these, too; no other run makes them stale.
-- `parent_accuracy` and `task_scores` may ask items that are drawn from the library of the Python that runs.
 - `block_costs` may be analytic only where a scenario that its target is one of the targets of says so, and nobody measured it.
 - `parent_accuracy` and `task_scores` may ask items that are drawn from the library of the Python that runs.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.

@@ -11,7 +11,7 @@ from assets.plan import make_plan
 from assets.refresh import Refresh
 from puzzle_dag.report.tables import format_seconds, text_table
 
-_LINE = 110
+_LINE = 140
 """Characters of reasons that fit beside an item and its time in a terminal."""
 
 

@@ -215,11 +215,11 @@ def test_both_bounds_and_every_budget_are_told(plan, workspace):
             "7.5 MiB",
         ),
         ("parameters", "equal to 7e+06 within 1 %, batch 8", "6.93 M to 7.07 M", "8.50 M", "7.00 M"),
-        ("kl", "at most 0.3, summed", "0.3", "0", "0.25"),
+        ("kl", "at most 0.3 nats, summed", "0.3 nats", "0 nats", "0.25 nats"),
     ):
         assert "".join(f"<td>{cell}</td>" for cell in row) in page, row
     asked = dict(results_table(plan, workspace, [facts]).rows)["asked for"]
-    assert "latency_s at least 100 ms and at most 700 ms" in asked and "kl at most 0.3, summed" in asked
+    assert "latency_s at least 100 ms and at most 700 ms" in asked and "kl at most 0.3 nats, summed" in asked
 
 
 def test_stages_add_up_their_partitions_in_the_order_of_the_data_flow(workspace):

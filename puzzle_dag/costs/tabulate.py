@@ -19,12 +19,13 @@ from puzzle_dag.engine.jobs import EngineResult
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.piece_costs import Phase
 
-VERSION = 1
+VERSION = 2
 _CONSTANT: Variant = ("constant", CONSTANT)
 _MIXING: Variant = ("constant", "mixing")
+_SMALLEST_SHARE = 0.1
 
 Fitted = dict[Variant, tuple[float, float]]
-"""Variant -> seconds and their standard error, of one batch size and phase; `_MIXING` where there were mixtures."""
+"""Variant -> seconds and their standard error, of one batch size and phase."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +55,27 @@ def _build_rows(
 ) -> list[CostRow]:
     spared, rows = {("attention", parent.attention.name), ("ffn", parent.ffn.name), _CONSTANT}, []
     for (batch, phase), fitted in fits.items():
-        noise, (mixing_s, mixing_error) = _pool_noise(measured, batch, phase), fitted.get(_MIXING, (0.0, 0.0))
+        noise, (mixing_s, mixing_error) = _pool_noise(measured, batch, phase), fitted[_MIXING]
         for piece in [*pieces, _CONSTANT]:
             seconds, error = (0.0, 0.0) if piece[1] == "noop" else fitted[piece]
             own_s, own_error = (0.0, 0.0) if piece[1] == "noop" or piece in spared else (mixing_s, mixing_error)
             error = float(np.hypot(error, own_error))
             rows.append(template.fill(*piece, batch, phase, seconds=seconds + own_s, error=error, noise=noise, mixing_s=own_s))
     return rows
+
+
+def _find_mixing(counts: Vector, unlike: Vector, times: Vector) -> tuple[float, float]:
+    """Return what a piece takes longer among unlike layers, and its standard error, in seconds; zeros without mixtures.
+
+    It is in every prediction of a child, and a few mixtures tell it poorly. So it counts by as much as it stands out of its own noise:
+    an estimate u with the standard error e as u * (1 - e^2 / u^2), and one within its error as nothing (James and Stein's shrinkage).
+    """
+    if not unlike.any():
+        return 0.0, 0.0
+    fit = fit_costs(np.hstack([counts, unlike[:, None]]), times)
+    found_s, error_s = float(fit.seconds[-1]), float(fit.errors[-1])
+    share = max(0.0, 1.0 - (error_s / found_s) ** 2) if found_s > 0 else 0.0
+    return share * found_s, share * error_s
 
 
 def fit_table(
@@ -88,16 +103,16 @@ def fit_table(
     architectures = [m.architecture for m in measured]
     unknowns = list_unknowns(architectures)
     counts, unlike = count_variants(architectures, unknowns), count_unlike(architectures, parent)
-    if unlike.any():
-        unknowns, counts = (*unknowns, _MIXING), np.hstack([counts, unlike[:, None]])
     fits: dict[tuple[int, Phase], Fitted] = {}
     residuals = {}
     for batch in target.batch_sizes:
         for phase in PHASES:
             times: Vector = np.array([m.result.at(batch).median_s(phase) for m in measured])
-            fit = fit_costs(counts, times)
+            mixing_s, mixing_error_s = _find_mixing(counts, unlike, times)
+            # Where noise is all there is, a mixture may have run in less time than mixing is said to take.
+            fit = fit_costs(counts, np.maximum(times - mixing_s * unlike, _SMALLEST_SHARE * times))
             fitted: Fitted = {v: (float(s), float(e)) for v, s, e in zip(unknowns, fit.seconds, fit.errors, strict=True)}
-            fitted[_CONSTANT] = (fit.constant_s, fit.constant_error_s)
+            fitted |= {_CONSTANT: (fit.constant_s, fit.constant_error_s), _MIXING: (mixing_s, mixing_error_s)}
             fits[batch, phase], residuals[f"{batch}/{phase}"] = fitted, fit.residual
     pieces: list[Variant] = [("attention", a.name) for a in sorted(set(attentions))]
     pieces += [("ffn", f.name) for f in sorted(set(ffns))]

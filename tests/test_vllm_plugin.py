@@ -71,7 +71,7 @@ def _serve(jobs: list[dict[str, Any]], folder: Path, *, plugins: bool = True, mu
         start_new_session=True,  # so that a hanging engine goes with whatever it started
     )
     try:
-        _, errors = process.communicate(timeout=600)
+        _, errors = process.communicate(timeout=1200)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise

@@ -24,6 +24,7 @@ from assets.foreign.watches import watch_foreign_frontier, watch_foreign_scenari
 from assets.plan import Plan
 from puzzle_dag.architecture import LayerSpace, layer_index
 from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, with_earlier
+from puzzle_dag.config.profile import ask_python_library
 from puzzle_dag.model.chat_template import CHAT_TEMPLATE_FILE, digest_chat_template
 from puzzle_dag.preflight import list_cost_variants, list_placed_blocks, list_runs, read_targets, resolve_spaces
 from puzzle_dag.scenario_checks import check_scenario
@@ -87,7 +88,7 @@ def _watch_python(tasks: Collection[str]) -> dict[str, str]:
     """Return Python's version where one of the tasks is drawn from its library, else {}."""
     from puzzle_dag.corpus.stdlib import python_version
 
-    return {"python_version": python_version()} if any(t.startswith("stdlib_") for t in tasks) else {}
+    return {"python_version": python_version()} if ask_python_library(tasks) else {}
 
 
 def watch_parent_accuracy(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any] | None:

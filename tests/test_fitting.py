@@ -16,9 +16,9 @@ from puzzle_dag.costs.fitting import (
     check_tensor_parallel,
     count_fitting_batch,
 )
-from puzzle_dag.costs.measure import measure_models
+from puzzle_dag.costs.measure import measure_models, plan_target
 from puzzle_dag.costs.memory import NumberTypes, count_kv_bytes_per_token, count_weight_bytes, size_model, size_variant
-from puzzle_dag.costs.probes import plan_probes, serving_config
+from puzzle_dag.costs.probes import serving_config
 from puzzle_dag.costs.tabulate import Measurement
 from puzzle_dag.engine import hardware
 from puzzle_dag.engine.hardware import Hardware, HardwareMismatchError, check_hardware
@@ -91,7 +91,7 @@ def test_shipped_gpu_targets_split_and_fit_their_gpus(profile):
     for name in settings.targets:
         target = read_target(CHECKOUT / "conf", name)
         check_tensor_parallel(shape, target, attentions, ffns)
-        probes = plan_probes(parent, attentions, ffns, num_layers=shape.num_hidden_layers)
+        probes = plan_target(shape, parent, target, attentions, ffns)
         check_memory(shape, [p.architecture for p in probes], target, Hardware("gpu", "NVIDIA H100 80GB HBM3", 0, H100_BYTES, 4))
 
 

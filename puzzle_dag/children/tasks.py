@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from puzzle_dag.config.profile import BUNDLED_TASK_PREFIXES
+from puzzle_dag.config.profile import BUNDLED_TASK_PREFIXES, ask_python_library
 from puzzle_dag.corpus.skills import Item, build_skills, choose
 from puzzle_dag.corpus.tokens import read_stdlib_for
 from puzzle_dag.corpus.world import build_world
@@ -66,7 +66,7 @@ def item_sources(names: Collection[str]) -> dict[str, str]:
     That is the digest of the library's files for grading, where one of the tasks is drawn from them: another Python has
     another library, and then the same settings give other items. It takes a third of a second; drawing the items takes many.
     """
-    if not {CLOZE, PERPLEXITY} & set(names):
+    if not ask_python_library(names):
         return {}
     return {"library": fingerprint([[name, fingerprint(text)] for name, text in read_stdlib_for("grade")])}
 

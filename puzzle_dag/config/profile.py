@@ -1,5 +1,6 @@
 """A profile: one parent, its corpus, its search space, and the budgets of every stage (conf/profiles/NAME.yaml)."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -95,8 +96,14 @@ class UptrainSettings(Settings):
 _SCORE_COLUMNS = (
     "layer", "block", "kl", "lm_loss", "top1_agreement", "top1_loss", "num_tokens", "digest", "run", "num_layers", "blocks", "digests",
 )  # fmt: skip
-BUNDLED_TASK_PREFIXES = ("skill_", "stdlib_")
+_LIBRARY_PREFIX = "stdlib_"
+BUNDLED_TASK_PREFIXES = ("skill_", _LIBRARY_PREFIX)
 """How the names of our own lm-eval tasks begin; every other name is looked up among lm-eval's."""
+
+
+def ask_python_library(tasks: Iterable[str]) -> bool:
+    """Say whether items of one of these tasks are drawn from the library of the Python that runs."""
+    return any(task.startswith(_LIBRARY_PREFIX) for task in tasks)
 
 
 class AccuracySettings(Settings):

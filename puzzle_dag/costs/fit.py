@@ -3,7 +3,7 @@
 The time of a model is the engine's constant plus the sum of its pieces' times (additivity holds within a few
 percent on real engines). Residuals are relative to the fit, since noise grows with the time. Relative to what was
 measured they would pull the fit below its data: a fast engine would count for more than a slow one. Huber weights keep
-outliers from counting much, and those far on the slow side, engines that something disturbed, from counting at all.
+outliers from counting much; those far on the slow side, engines that something disturbed, count less still.
 """
 
 from dataclasses import dataclass

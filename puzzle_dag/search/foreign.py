@@ -17,10 +17,10 @@ import pyarrow.parquet as parquet
 from puzzle_dag.search.conflict import Feasibility, explain_conflict
 from puzzle_dag.search.foreign_candidates import ForeignCandidates, ForeignLibrary, ForeignLibraryError, ForeignLimit
 from puzzle_dag.search.limits import SIDES, as_written
-from puzzle_dag.search.program import GAP, Outcome
+from puzzle_dag.search.program import Outcome
 from puzzle_dag.search.solution import Loosened
 from puzzle_dag.search.solver import minimise
-from puzzle_dag.search.step import moved_bound, spread_of, step_kinds, step_words
+from puzzle_dag.search.step import loosened_limit, step_kinds, tell_loosened
 
 _COLUMNS = ("layer", "variant", "metric", "value")
 _LOOSENED_SHARE = Fraction(5, 100)
@@ -103,20 +103,13 @@ def _loosen_each(
     bounds = [(index, side) for index, limit in enumerate(limits) for side in SIDES if getattr(limit, side) is not None]
     for index, side, kind in [(i, s, kind) for i, s in bounds for kind in step_kinds(limits[i], s)]:
         before = limits[index]
-
-        def spread(limit: ForeignLimit = before) -> Fraction:
-            return spread_of(candidates.program(()), candidates.sums(limit))
-
-        after = before.with_bound(side, moved_bound(before, side, kind, _LOOSENED_SHARE, spread))
+        after = loosened_limit(candidates, before, side, kind, _LOOSENED_SHARE)
         changed = [after if i == index else limit for i, limit in enumerate(limits)]
         outcome = minimise(candidates.program(changed), costs, is_met=candidates.meets(changed), time_limit_s=time_limit_s)
         # A time limit may leave less than what is known already, which is a choice of the loosened program, too.
         reached = min(objective, float(candidates.total(ForeignLimit(minimize), outcome.chosen)) if outcome.chosen else objective)
-        bound, loosened = float(getattr(before, side)), float(getattr(after, side))
-        gain, change = objective - reached, abs(loosened - bound)
-        is_binding = gain > GAP * max(abs(objective), abs(reached))
-        step = step_words(kind, side, _LOOSENED_SHARE, change)
-        found.append(Loosened(before.name, side, bound, loosened, change, reached, gain, is_binding, step))
+        gain = objective - reached
+        found.append(tell_loosened(before, after, side, kind, _LOOSENED_SHARE, value=objective, reached=reached, gain=gain))
     return [asdict(entry) for entry in sorted(found, key=lambda entry: -entry.gain)]
 
 

@@ -3,14 +3,11 @@
 An integer program has no shadow prices: how much quality one more GiB buys is only known by solving with it.
 """
 
-from fractions import Fraction
-
 from puzzle_dag.search.candidates import AnyLimit
 from puzzle_dag.search.limits import Side, as_written
 from puzzle_dag.search.problem import Memory, Problem, keep_point, solve_points
-from puzzle_dag.search.program import GAP
 from puzzle_dag.search.solution import Loosened, Solution
-from puzzle_dag.search.step import StepKind, moved_bound, spread_of, step_kinds, step_words
+from puzzle_dag.search.step import StepKind, loosened_limit, step_kinds, tell_loosened
 
 
 def _reach(problem: Problem, memory: Memory, time_limit_s: float) -> float:
@@ -38,29 +35,13 @@ def loosen_each(problem: Problem, solution: Solution, *, share: float = 0.05, ti
     found, memory = [], Memory()
 
     def moved(limit: AnyLimit, side: Side, kind: StepKind) -> AnyLimit:
-        def spread() -> Fraction:
-            return spread_of(problem.candidates.program(()), problem.candidates.sums(limit))
-
-        return limit.with_bound(side, moved_bound(limit, side, kind, part, spread))
+        return loosened_limit(problem.candidates, limit, side, kind, part)
 
     for index, side in problem.sides():
         before = problem.limits(kept)[index]
         for kind in step_kinds(before, side):
             changed = [[moved(x, side, kind) if i == index else x for i, x in enumerate(own)] for own in limits]
             reached = _reach(problem.with_limits(changed), memory, time_limit_s)
-            bound, loosened = float(getattr(before, side)), float(getattr(moved(before, side, kind), side))
             gain = max(0.0, goal.loss(value) - goal.loss(reached))
-            found.append(
-                Loosened(
-                    constraint=before.name,
-                    side=side,
-                    bound=bound,
-                    loosened=loosened,
-                    change=abs(loosened - bound),
-                    value=reached,
-                    gain=gain,
-                    is_binding=gain > GAP * max(abs(value), abs(reached)),
-                    step=step_words(kind, side, part, abs(loosened - bound)),
-                )
-            )
+            found.append(tell_loosened(before, moved(before, side, kind), side, kind, part, value=value, reached=reached, gain=gain))
     return tuple(sorted(found, key=lambda entry: -entry.gain))

@@ -7,13 +7,16 @@ has over all choices; and memory by one GiB as well, where that is less than the
 import math
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, TypeVar
 
+from puzzle_dag.search.conflict import Searchable
 from puzzle_dag.search.limits import Limit, Side, SumLimit, as_written
-from puzzle_dag.search.program import Floats, Program
+from puzzle_dag.search.program import GAP, Floats, Program
+from puzzle_dag.search.solution import Loosened
 from puzzle_dag.search.solver import least_total
 
 StepKind = Literal["share", "layers", "range", "gib"]
+_LimitT = TypeVar("_LimitT", Limit, SumLimit, Limit | SumLimit)
 _UNITS_A_GIB = {"_bytes": 2**30, "_kib": 2**20, "_mib": 2**10, "_gib": 1}
 """How the name of an amount of memory ends, and how many of its units are one GiB."""
 
@@ -75,6 +78,42 @@ def step_words(kind: StepKind, side: Side, share: Fraction, change: float) -> st
     if kind == "layers":
         return f"{change:g} layer{'' if change == 1 else 's'} {direction}"
     return f"{float(100 * share):g} %{' of its range' if kind == 'range' else ''} {direction}"
+
+
+def loosened_limit(candidates: Searchable[_LimitT], limit: _LimitT, side: Side, kind: StepKind, share: Fraction) -> _LimitT:
+    """Return a limit with one of its bounds loosened by one of its `step_kinds`; `candidates` tell the range of a quantity."""
+
+    def spread() -> Fraction:
+        return spread_of(candidates.program(()), candidates.sums(limit))
+
+    return limit.with_bound(side, moved_bound(limit, side, kind, share, spread))
+
+
+def tell_loosened(
+    before: Limit | SumLimit,
+    after: Limit | SumLimit,
+    side: Side,
+    kind: StepKind,
+    share: Fraction,
+    *,
+    value: float,
+    reached: float,
+    gain: float,
+) -> Loosened:
+    """Return what loosening `before` to `after` buys: the objective was `value`, and is `reached` then, better by `gain`."""
+    bound, loosened = float(_bound(before, side)), float(_bound(after, side))
+    change = abs(loosened - bound)
+    return Loosened(
+        constraint=before.name,
+        side=side,
+        bound=bound,
+        loosened=loosened,
+        change=change,
+        value=reached,
+        gain=gain,
+        is_binding=gain > GAP * max(abs(value), abs(reached)),
+        step=step_words(kind, side, share, change),
+    )
 
 
 def spread_of(program: Program, sums: Floats) -> Fraction:

@@ -31,6 +31,7 @@ from assets.results import result_assets
 from assets.run_scores import run_score_assets
 from assets.scores import score_assets
 from assets.search import search_assets
+from assets.serving import serving_assets
 from assets.sweeps import sweep_schedules
 from assets.task_scores import task_score_assets
 from resources.workspace import Workspace, project_root
@@ -55,6 +56,7 @@ def build_definitions(plan: Plan | ForeignPlan) -> dg.Definitions:
         predicted_assets,
         child_assets,
         grading_assets,
+        serving_assets,
         online_assets,
         result_assets,
     )

@@ -1,4 +1,4 @@
-"""How good and how fast parent and children are: lm-eval's grades, and vLLM's times with real weights."""
+"""How good parent and children are: lm-eval's grades on the same items."""
 
 import json
 from dataclasses import asdict, fields
@@ -8,12 +8,8 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from assets.children import checkpoint_folder
-from assets.costs import read_cost_table
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
-from assets.predictions import predict_seconds
-from assets.refinement import chosen_solution
-from assets.served import constraint_rows, measured_constraints
 from assets.versions import stage_version
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import fingerprint, write_atomically
@@ -24,7 +20,6 @@ if TYPE_CHECKING:
     from puzzle_dag.children.retention import MeanRetention, Perplexity, Retention
 
 _GRADING = ["puzzle_dag.children.evaluate", "puzzle_dag.children.tasks", "puzzle_dag.children.retention"]
-_SERVING = ["puzzle_dag.children.serve"]
 _RESULTS = "results.json"
 
 
@@ -167,129 +162,6 @@ def _accuracy_asset(plan: Plan) -> dg.AssetsDefinition:
     return accuracy
 
 
-def _predict(plan: Plan, workspace: Workspace, scenario: str, target: str) -> dict[str, dict[int, float]]:
-    """Return model -> batch size -> seconds of prefill and decode together, by costs that hold for the engine of today."""
-    from puzzle_dag.costs.agreement import check_agreement
-    from puzzle_dag.engine.client import read_engine_version
-
-    costs = read_cost_table(workspace, target)
-    check_agreement(costs, costs.target, read_engine_version())
-    predicted = predict_seconds(plan, workspace, scenario, costs)
-    return {model: {batch: s["prefill"] + s["decode"] for batch, s in by_batch.items()} for model, by_batch in predicted.items()}
-
-
-def _serve(workspace: Workspace, spec: dict[str, Any], children: dict[str, tuple[str, Path]], predicted: dict[str, Any]) -> dict[str, Any]:
-    """Return a ServingReport as JSON and its key in the store: measured now or, for the same models and machine, before."""
-    from puzzle_dag.children.serve import FEWEST_ENGINES, measure_serving
-    from puzzle_dag.engine.client import read_engine_version
-    from puzzle_dag.engine.hardware import detect_hardware
-
-    parent, target = workspace.load_parent(), workspace.target_of(spec)
-    engines = max(FEWEST_ENGINES, target.engines_per_probe + 1)
-    inputs = {
-        "version": stage_version(_SERVING[0]),
-        "engines": engines,
-        "parent": parent.digest,
-        "children": {name: digest for name, (digest, _) in children.items()},
-        # How the costs are checked says nothing about how a model serves.
-        "target": {k: v for k, v in spec.items() if k != "heldout_models"},
-        "engine_version": read_engine_version(),
-        "hardware": detect_hardware().name,
-    }
-
-    def measure(folder: Path) -> tuple[str, dict[str, Any]]:
-        report = measure_serving(
-            parent.folder,
-            {name: checkpoint for name, (_, checkpoint) in children.items()},
-            target,
-            engines=engines,
-            predicted_s=predicted,
-            progress=ProgressLog(f"serving {', '.join(children) or 'parent'}"),
-        )
-        return fingerprint(asdict(report)), asdict(report)
-
-    with workspace.device():
-        made = workspace.keep("serving", inputs, measure)
-    return {"report": made.metadata, "key": made.folder.name}
-
-
-def _engine_peak_bytes(report: dict[str, Any]) -> int:
-    return max(m["peak_rss_bytes"] for m in report["models"])
-
-
-def _parent_serving_asset(plan: Plan) -> dg.AssetsDefinition:
-    @dg.asset(
-        **plan.options(
-            "parent_serving",
-            deps=["parent", "target_spec"],
-            stages=_SERVING,
-            partitions=plan.partitions.targets,
-            kinds=("vllm",),
-            device=True,
-            description="The parent on the real engine with its real weights: throughput, latency, memory.",
-        )
-    )
-    def parent_serving(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        time = Stopwatch()
-        served = _serve(workspace, workspace.shelf.value("target_spec", context.partition_key), {}, {})
-        report = served["report"]
-        rows = [{"target": context.partition_key, **m} for m in report["models"]]
-        files = [write_rows(workspace.tables / "parent_serving" / f"{context.partition_key}.parquet", rows)]
-        metadata = {"served": table(rows), "hardware": report["hardware"], "engine_version": report["engine_version"]}
-        peak = _engine_peak_bytes(report)
-        return materialised(context, plan, workspace, served, files=files, metadata=metadata, time=time, engine_peak_bytes=peak)
-
-    return parent_serving
-
-
-def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
-    @dg.asset(
-        **plan.options(
-            "serving",
-            # A scenario's target is its own choice, so the edge is from all targets; the store keeps what was measured.
-            deps=["uptrained_child", plan.dep("parent_serving", dg.AllPartitionMapping())],
-            stages=_SERVING,
-            partitions=plan.partitions.scenarios,
-            kinds=("vllm",),
-            device=True,
-            description="Parent and child on the real engine, in turns: the speed-up with its confidence interval, beside the prediction.",
-        )
-    )
-    def serving(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        from puzzle_dag.serving.command import typed_command
-
-        time, name = Stopwatch(), context.partition_key
-        scenario, child = workspace.read_scenario(name), workspace.shelf.value("uptrained_child", name)
-        spec, solution = workspace.shelf.value("target_spec", scenario.target), chosen_solution(plan, workspace, name)
-        predicted = _predict(plan, workspace, name, scenario.target)
-        checkpoint = checkpoint_folder(workspace, "uptrained_child", child)
-        served = _serve(workspace, spec, {name: (child["digest"], checkpoint)}, predicted)
-        report, target = served["report"], workspace.target_of(spec)
-        met = constraint_rows(measured_constraints(scenario, target, report, name, solution["batch"]))
-        source = solution["notes"].get("costs", "measured")
-        rows = [{"scenario": name, "target": scenario.target, "predicted_from": source, **m} for m in report["models"]]
-        return materialised(
-            context,
-            plan,
-            workspace,
-            {"uptrained_child": child["digest"], "target": scenario.target, **served},
-            files=[write_rows(workspace.tables / "serving" / f"{name}.parquet", rows)],
-            metadata={
-                "speedups": table(report["speedups"]),
-                "predicted_from": f"{source} costs",
-                "constraints": table(met),
-                "command": typed_command(checkpoint, target),
-                "served": table(report["models"]),
-                "hardware": report["hardware"],
-                "engine_version": report["engine_version"],
-            },
-            time=time,
-            engine_peak_bytes=_engine_peak_bytes(report),
-        )
-
-    return serving
-
-
 def grading_assets(plan: Plan) -> list[dg.AssetsDefinition]:
-    """Return parent_accuracy, accuracy, parent_serving and serving."""
-    return [_parent_accuracy_asset(plan), _accuracy_asset(plan), _parent_serving_asset(plan), _serving_asset(plan)]
+    """Return parent_accuracy and accuracy."""
+    return [_parent_accuracy_asset(plan), _accuracy_asset(plan)]

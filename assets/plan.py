@@ -67,6 +67,10 @@ class Naming:
         """Return a dependency on another asset of this profile."""
         return dg.AssetDep(self.key(name), partition_mapping=mapping)
 
+    def asks_for(self, asset: str, partition: str) -> bool:
+        """Say whether the profile asks for this partition of an asset."""
+        return True
+
     def options(
         self,
         name: str,
@@ -117,6 +121,10 @@ class Plan(Naming):
     def opted_in(self) -> tuple[str, ...]:
         """Names of the OPT_IN and OPT_IN_SEARCH assets that the profile asks for."""
         return tuple(name for name in (*OPT_IN_SEARCH, *OPT_IN) if getattr(self.profile, name) is not None)
+
+    def asks_for(self, asset: str, partition: str) -> bool:
+        """Say whether the profile asks for this partition of an asset; those of OPT_IN may be kept to some of the scenarios."""
+        return asset not in OPT_IN or getattr(self.profile, asset).includes(partition)
 
     @property
     def chosen(self) -> str:

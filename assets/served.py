@@ -6,12 +6,12 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from puzzle_dag.config import Bound, Scenario, Target
+from puzzle_dag.config.scenario import TIMED
 
 TOLERANCE = 0.05
 """A measurement may miss its constraint by this share."""
 Verdict = Literal["met", "missed", "unclear"]
 """What a measurement, whose interval may straddle a bound, can say of it."""
-_TIMED = ("throughput_tokens_per_s", "latency_s", "ttft_s", "tpot_s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def _relative(
 ) -> tuple[float, float, float] | None:
     """Return the child's multiple of the parent's value, with its interval; None for what no engine is needed for."""
     own, parents = _models(report, child)[batch], _models(report, "parent")
-    value, timed = _value(name, own, bound, target), name in _TIMED
+    value, timed = _value(name, own, bound, target), name in TIMED
     if value is None:
         return None
     # The parent's throughput is its best over the batch sizes; everything else compares at one batch size.
@@ -104,7 +104,7 @@ def _absolute(
     value = _value(name, own, bound, target)
     if value is None:
         return None
-    half = _half_width([own]) if name in _TIMED else 0.0
+    half = _half_width([own]) if name in TIMED else 0.0
     return value, value * (1 - half), value * (1 + half)
 
 
@@ -114,6 +114,12 @@ def _judge(bound: Bound, low: float, high: float) -> Verdict:
     if high < least or low > most:
         return "missed"
     return "met" if low >= least and high <= most else "unclear"
+
+
+def asked_batches(scenario: Scenario) -> list[int]:
+    """Return the batch sizes that a scenario's timed bounds on its own target name, increasing."""
+    own = (bound for name, bound in scenario.bounds if name in TIMED and bound.target in (None, scenario.target))
+    return sorted({bound.at.batch for bound in own if bound.at})
 
 
 def measured_constraints(scenario: Scenario, target: Target, report: Mapping[str, Any], child: str, batch: int) -> list[MeasuredConstraint]:

@@ -76,11 +76,12 @@ class Staleness:
         return [key.path[-1] for key in self._graph.toposorted_asset_keys if self._graph.get(key).is_materializable]
 
     def items(self, asset: str) -> list[Item]:
-        """Return an asset's partitions of today."""
+        """Return an asset's partitions of today, those that the profile asks for."""
         partitions = self._graph.get(self._plan.key(asset)).partitions_def
         if partitions is None:
             return [Item(asset)]
-        return [Item(asset, key) for key in partitions.get_partition_keys(dynamic_partitions_store=self._instance)]
+        keys = partitions.get_partition_keys(dynamic_partitions_store=self._instance)
+        return [Item(asset, key) for key in keys if self._plan.asks_for(asset, key)]
 
     def parents(self, item: Item) -> list[Item]:
         """Return what an item is made from, by partition."""

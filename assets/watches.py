@@ -9,7 +9,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 - `parent_accuracy` and `task_scores` may ask items that are drawn from the library of the Python that runs.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `block_costs` takes what was imported for a target that this machine can't measure.
-- `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its scenario's target.
+- `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its target and batch sizes.
 - What an engine measured (`block_costs`, `parent_serving`, `serving`) holds for that version of it.
 - `cost_table`, `predicted_frontier`, `frontier` and `tables` gather what there is, so a partition that went away counts, too.
 """
@@ -22,6 +22,7 @@ from typing import Any
 from assets.foreign.plan import ForeignPlan
 from assets.foreign.watches import watch_foreign_frontier, watch_foreign_scenario, watch_library_file
 from assets.plan import Plan
+from assets.served import asked_batches
 from puzzle_dag.architecture import LayerSpace, layer_index
 from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, with_earlier
 from puzzle_dag.config.profile import ask_python_library
@@ -183,10 +184,10 @@ def watch_costs_and_engine(plan: Plan, workspace: Workspace, partition: str | No
 
 
 def watch_serving(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any] | None:
-    """Return which target a scenario's child is measured on, and the engine's version."""
+    """Return which target a scenario's child is measured on, at which batch sizes beside the kept one, and the engine's version."""
     assert partition is not None
-    engine = watch_engine(plan, workspace)
-    return None if engine is None else {"target": workspace.read_scenario(partition).target, **engine}
+    engine, scenario = watch_engine(plan, workspace), workspace.read_scenario(partition)
+    return None if engine is None else {"target": scenario.target, "batches": asked_batches(scenario), **engine}
 
 
 def _versions(workspace: Workspace, asset: str, partitions: tuple[str, ...] | None = None) -> dict[str, str]:
@@ -296,6 +297,6 @@ def watched_words(plan: Plan, asset: str, partition: str | None) -> str:
         "uptrained_child": f"the parent's chat template or the budget in conf/scenarios/{partition}.yaml changed",
         "block_costs": "vLLM's version changed, or whether costs may be analytic",
         "parent_serving": "vLLM's version changed",
-        "serving": f"vLLM's version, or the target in conf/scenarios/{partition}.yaml, changed",
+        "serving": f"vLLM's version, or the target or a batch size in conf/scenarios/{partition}.yaml, changed",
     }
     return words.get(asset, "what it gathers changed")

@@ -182,6 +182,9 @@ PROFILE_ERRORS = [
     ({"targets": ["../../etc/passwd"]}, ["`targets.0`", "../../etc/passwd"]),
     ({"name": "other"}, ["tiny.yaml, line ", "`name` is 'other'", "stem is 'tiny'"]),
     ({"version": 2}, ["`version`", "2"]),
+    ({"load_curve": {"concurrencies": [1], "scenarios": ["fast"]}}, ["load_curve.scenarios names fast", "memory-60", "add it there"]),
+    ({"speculation": {"scenarios": []}}, ["`speculation.scenarios`", "at least 1 item"]),
+    ({"serving__turns": 2}, ["`serving.turns`", "greater than or equal to 3"]),
 ]
 
 

@@ -171,3 +171,11 @@ def test_what_takes_minutes_is_only_there_where_it_is_asked_for(project: Project
 
     assert names() == {*CORE, *OPT_IN} and names(load_curve=None, speculation=None) == CORE
     assert names(speculation=None) == {*CORE, *OPT_IN} - {"speculation"}
+
+
+def test_what_takes_minutes_is_measured_of_the_scenarios_that_are_named(project: Project, online: Online) -> None:
+    """And saying which is no other measurement: what there is stays fresh."""
+    project.edit(project.profile_file, scenarios=[SCENARIO, "micro-light"], load_curve__scenarios=[SCENARIO])
+    record = project.refresh(dry=True)
+    states = {str(o.item): o.state for o in record.outcomes if o.item.asset in OPT_IN}
+    assert states == {f"load_curve[{SCENARIO}]": "fresh", f"speculation[{SCENARIO}]": "fresh", "speculation[micro-light]": "stale"}

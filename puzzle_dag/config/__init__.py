@@ -14,7 +14,7 @@ from puzzle_dag.config.foreign import (
     read_foreign_scenario,
 )
 from puzzle_dag.config.objective import LOSSES, ConstraintName, Objective
-from puzzle_dag.config.online import LoadCurveSettings, SpeculationSettings
+from puzzle_dag.config.online import LoadCurveSettings, ServingSettings, SpeculationSettings
 from puzzle_dag.config.profile import (
     AccuracySettings,
     BundledCorpus,
@@ -71,6 +71,7 @@ __all__ = [
     "RunSettings",
     "Scenario",
     "SearchSpaceSettings",
+    "ServingSettings",
     "Settings",
     "Shape",
     "SpeculationSettings",

@@ -1,8 +1,11 @@
-"""What is measured of served children beyond the scenarios' constraints; both cost minutes a scenario, so both are off unless given."""
+"""How children are served: beside their parent for what their scenarios ask, and beyond that under load and as draft models.
+
+The latter two cost minutes a scenario, so both are off unless given, and each may be kept to some of the scenarios.
+"""
 
 from pydantic import Field, field_validator
 
-from puzzle_dag.config.reading import Settings
+from puzzle_dag.config.reading import Name, Settings
 
 
 def _increasing(value: tuple[int, ...]) -> tuple[int, ...]:
@@ -11,7 +14,28 @@ def _increasing(value: tuple[int, ...]) -> tuple[int, ...]:
     return value
 
 
-class LoadCurveSettings(Settings):
+class ServingSettings(Settings):
+    """Parent and child on the engine by turns, at the batch sizes that the scenario speaks of."""
+
+    turns: int | None = Field(default=None, ge=3)
+    """Engines of each model; by default one more than the target takes for a probe, and three at the least: the interval over two
+    turns is 12.7 standard errors to each side, over three 4.3, over five 2.8."""
+    repeats: int | None = Field(default=None, gt=1)
+    """Timed repeats an engine; by default the target's."""
+
+
+class BeyondSettings(Settings):
+    """What is measured of some scenarios' children only."""
+
+    scenarios: tuple[Name, ...] | None = Field(default=None, min_length=1)
+    """Scenarios of the profile whose children are measured so; all of them unless given."""
+
+    def includes(self, scenario: str) -> bool:
+        """Say whether a scenario's child is measured so."""
+        return self.scenarios is None or scenario in self.scenarios
+
+
+class LoadCurveSettings(BeyondSettings):
     """`vllm bench serve` against `vllm serve`, for parent and child at several concurrencies."""
 
     concurrencies: tuple[int, ...] = Field(min_length=1)
@@ -27,7 +51,7 @@ class LoadCurveSettings(Settings):
         return _increasing(value)
 
 
-class SpeculationSettings(Settings):
+class SpeculationSettings(BeyondSettings):
     """A child as the draft model of its own parent, against the parent alone."""
 
     num_draft_tokens: int = Field(default=3, gt=0)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from puzzle_dag.config.foreign import ForeignProfile, is_foreign, read_foreign_profile
-from puzzle_dag.config.online import LoadCurveSettings, SpeculationSettings
+from puzzle_dag.config.online import LoadCurveSettings, ServingSettings, SpeculationSettings
 from puzzle_dag.config.reading import ConfigError, Name, Settings, check_name, locate, read_settings
 from puzzle_dag.config.refinement import RefinementSettings
 from puzzle_dag.config.space import SearchSpaceSettings
@@ -195,6 +195,8 @@ class Profile(Settings):
     """Grades of each block, alone in the parent, on lm-eval tasks; none unless given."""
     refinement: RefinementSettings | None = None
     """Solutions improved with scores taken inside the child; as the search found them unless given."""
+    serving: ServingSettings = ServingSettings()
+    """Parent and children on the engine, by turns."""
     load_curve: LoadCurveSettings | None = None
     """Parent and children behind `vllm serve`, under load; not measured unless given."""
     speculation: SpeculationSettings | None = None
@@ -214,6 +216,16 @@ class Profile(Settings):
     def _other_items(self) -> "Profile":
         if self.task_scores is not None and self.task_scores.seed == self.seed:
             raise ValueError(f"task_scores.seed is {self.seed}, the profile's: blocks would be chosen by the items that grade the children")
+        return self
+
+    @model_validator(mode="after")
+    def _measures_its_own_scenarios(self) -> "Profile":
+        for field, settings in (("load_curve", self.load_curve), ("speculation", self.speculation)):
+            unknown = [name for name in (settings.scenarios if settings else None) or () if name not in self.scenarios]
+            if unknown:
+                there = ", ".join(self.scenarios)
+                fix = "add it there, or take it out here"
+                raise ValueError(f"{field}.scenarios names {unknown[0]}, none of the profile's `scenarios` ({there}); {fix}")
         return self
 
     @model_validator(mode="after")

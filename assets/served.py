@@ -116,10 +116,29 @@ def _judge(bound: Bound, low: float, high: float) -> Verdict:
     return "met" if low >= least and high <= most else "unclear"
 
 
+def _own_timed_bounds(scenario: Scenario) -> list[tuple[str, Bound]]:
+    """Return the bounds that serving on the scenario's own target speaks of."""
+    return [(name, bound) for name, bound in scenario.bounds if name in TIMED and bound.target in (None, scenario.target)]
+
+
 def asked_batches(scenario: Scenario) -> list[int]:
     """Return the batch sizes that a scenario's timed bounds on its own target name, increasing."""
-    own = (bound for name, bound in scenario.bounds if name in TIMED and bound.target in (None, scenario.target))
-    return sorted({bound.at.batch for bound in own if bound.at})
+    return sorted({bound.at.batch for _, bound in _own_timed_bounds(scenario) if bound.at})
+
+
+def serving_batches(scenario: Scenario, target: Target, kept: int, parent: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the batch sizes at which a scenario's child has to be served to say whether it does what was asked.
+
+    Args:
+        scenario: what was asked for.
+        target: its target.
+        kept: the batch size that its solution keeps.
+        parent: the parent's ServingReport as JSON; a throughput may be asked for as a multiple of the parent's best.
+    """
+    batches = {kept, *asked_batches(scenario)}
+    if any(name == "throughput_tokens_per_s" and bound.relative_to for name, bound in _own_timed_bounds(scenario)):
+        batches.add(max(parent["models"], key=lambda m: m["throughput_tokens_per_s"])["batch"])
+    return tuple(sorted(batches & {*target.batch_sizes}))
 
 
 def measured_constraints(scenario: Scenario, target: Target, report: Mapping[str, Any], child: str, batch: int) -> list[MeasuredConstraint]:

@@ -12,9 +12,8 @@ from assets.materialise import Stopwatch, materialised, table
 from assets.plan import Plan
 from assets.predictions import predict_seconds
 from assets.refinement import chosen_solution
-from assets.served import asked_batches, constraint_rows, measured_constraints
+from assets.served import constraint_rows, measured_constraints, serving_batches
 from assets.versions import stage_version
-from puzzle_dag.config import Scenario, Target
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import fingerprint
 from resources.rows import write_rows
@@ -32,19 +31,6 @@ def _predict(plan: Plan, workspace: Workspace, scenario: str, target: str) -> di
     check_agreement(costs, costs.target, read_engine_version())
     predicted = predict_seconds(plan, workspace, scenario, costs)
     return {model: {batch: s["prefill"] + s["decode"] for batch, s in by_batch.items()} for model, by_batch in predicted.items()}
-
-
-def choose_batches(scenario: Scenario, target: Target, kept: int, parent: dict[str, Any]) -> tuple[int, ...]:
-    """Return the batch sizes at which a scenario's child has to be served to say whether it does what was asked.
-
-    Args:
-        scenario: what was asked for.
-        target: its target.
-        kept: the batch size that its solution keeps.
-        parent: the parent's ServingReport as JSON; a throughput is asked for as a multiple of the parent's best.
-    """
-    best = max(parent["models"], key=lambda m: m["throughput_tokens_per_s"])["batch"]
-    return tuple(sorted({kept, best, *asked_batches(scenario)} & {*target.batch_sizes}))
 
 
 def _serve(
@@ -156,7 +142,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
             workspace,
             spec,
             child=(name, child["digest"], checkpoint),
-            batch_sizes=choose_batches(scenario, target, solution["batch"], parent),
+            batch_sizes=serving_batches(scenario, target, solution["batch"], parent),
             predicted=_predict(plan, workspace, name, scenario.target),
         )
         report = served["report"]

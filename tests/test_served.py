@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 from scipy.stats import t as student_t
 
-from assets.served import asked_batches, measured_constraints, overall_verdict
-from assets.serving import choose_batches
+from assets.served import asked_batches, measured_constraints, overall_verdict, serving_batches
 from puzzle_dag.config import Scenario, Target
 
 TARGET = Target(version=1, name="chat", hardware="local-cpu", input_length=64, output_length=11, batch_sizes=(1, 8))
@@ -88,14 +87,18 @@ def test_one_missed_constraint_is_worse_than_an_unclear_one() -> None:
 
 
 def test_a_child_is_served_where_its_scenario_speaks_of_speed() -> None:
-    """At the kept batch size, those that timed bounds name, and the parent's best; memory needs no engine."""
-    asked = scenario(
-        latency_s={"at_most": 0.7, "relative_to": "parent", "at": {"batch": 1}},
-        memory_bytes={"at_most": 0.6, "relative_to": "parent", "at": {"batch": 16, "length": 75}},
-    )
-    elsewhere = scenario(ttft_s={"at_most": 0.1, "target": "other", "at": {"batch": 1}})
+    """At the kept batch size, at those that timed bounds name, and where a multiple of it is asked for at the parent's best."""
+    latency = {"at_most": 0.7, "relative_to": "parent", "at": {"batch": 1}}
+    memory = {"at_most": 0.6, "relative_to": "parent", "at": {"batch": 16, "length": 75}}
+    faster = {"at_least": 1.5, "relative_to": "parent"}
     target = TARGET.model_copy(update={"batch_sizes": (1, 2, 4, 8, 16)})
     parent = {"models": [served("parent", batch, total_s) for batch, total_s in ((1, 1.0), (8, 2.0), (16, 4.1))]}
-    assert asked_batches(asked) == [1] and asked_batches(elsewhere) == []
-    assert choose_batches(asked, target, 4, parent) == (1, 4, 8)
-    assert choose_batches(elsewhere, target, 8, parent) == (8,)
+
+    def batches(kept: int, **constraints: Any) -> tuple[int, ...]:
+        return serving_batches(scenario(**constraints), target, kept, parent)
+
+    assert batches(4, latency_s=latency, memory_bytes=memory) == (1, 4)
+    assert batches(4, throughput_tokens_per_s=faster) == (4, 8)
+    assert batches(4, throughput_tokens_per_s={**faster, "target": "other"}) == batches(4, memory_bytes=memory) == (4,)
+    assert batches(4, throughput_tokens_per_s={"at_least": 900}) == (4,)
+    assert asked_batches(scenario(ttft_s={**latency, "target": "other"})) == []

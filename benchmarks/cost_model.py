@@ -89,7 +89,7 @@ def measure_side_by_side(
     of_rival = measure_models(llama, rival.models[1:], _with_engines(target, rounds), store)
     of_rival += measure_models(llama, [rival.base], _with_engines(target, base_engines), store, progress=ProgressLog("the rival's base"))
     ours = measure_target(shape, parent, target, attentions, ffns, store)
-    rivals = rival.tabulate(shape, target, parent, of_rival)
+    rivals = rival.tabulate(shape, target, parent, of_rival, ours.levelling)
     assert ours.num_engines == our_starts and rivals.num_engines == rival_starts >= our_starts
     return SideBySide(
         ours, rivals, our_starts, rival_starts, compare(ours, of_heldout, "held out"), compare(rivals, of_heldout, "held out")

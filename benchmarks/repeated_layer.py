@@ -12,11 +12,11 @@ from typing import Any
 
 from puzzle_dag.architecture import FFN, Architecture, Attention, Block
 from puzzle_dag.config import Target
-from puzzle_dag.costs.comparison import group_engines
 from puzzle_dag.costs.probes import Variant
 from puzzle_dag.costs.rows import RowTemplate
 from puzzle_dag.costs.table import CONSTANT, PHASES, CostTable, sort_rows
-from puzzle_dag.costs.tabulate import Measurement
+from puzzle_dag.costs.tabulate import Measurement, group_engines
+from puzzle_dag.engine.levelling import Levelling
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 
 NUM_REPEATS = 10
@@ -64,19 +64,24 @@ class RepeatedLayers:
         rounds = max(1, num_engines // len(self.models))
         return rounds, rounds + max(0, num_engines - rounds * len(self.models))
 
-    def tabulate(self, shape: PuzzleDagConfig, target: Target, parent: Block, measured: Sequence[Measurement]) -> CostTable:
-        """Return the method's cost table: medians over the engines, differences over ten; a negative difference counts 0."""
+    def tabulate(
+        self, shape: PuzzleDagConfig, target: Target, parent: Block, measured: Sequence[Measurement], levelling: Levelling
+    ) -> CostTable:
+        """Return the method's cost table: medians over the engines, differences over ten; a negative difference counts 0.
+
+        Seconds are levelled as those of the table that it is held against.
+        """
         template, rows, engines = RowTemplate.measured(shape, target, measured[0].result), [], group_engines(measured)
         pieces: list[Variant] = [("attention", "noop"), ("ffn", "noop"), *self.repeats, ("constant", CONSTANT)]
         for batch in target.batch_sizes:
             for phase in PHASES:
 
                 def seconds(architecture: Architecture, batch: int = batch, phase: str = phase) -> float:
-                    return statistics.median(e.at(batch).median_s(phase) for e in engines[architecture])
+                    return statistics.median(levelling.seconds(e.at(batch), phase) for e in engines[architecture])
 
                 base_s = seconds(self.base)
                 costs = {v: max(0.0, (seconds(model) - base_s) / NUM_REPEATS) for v, model in self.repeats.items()}
                 own = costs["attention", parent.attention.name] + costs["ffn", parent.ffn.name]
                 costs |= {("attention", "noop"): 0.0, ("ffn", "noop"): 0.0, ("constant", CONSTANT): max(0.0, base_s - own)}
                 rows += [template.fill(*piece, batch, phase, seconds=costs[piece]) for piece in pieces]
-        return CostTable(sort_rows(rows), target, len(measured), {})
+        return CostTable(sort_rows(rows), target, len(measured), {}, levelling=levelling)

@@ -36,6 +36,7 @@ from puzzle_dag.costs.tabulate import Measurement, fit_table
 from puzzle_dag.costs.trace import trace_provenance
 from puzzle_dag.engine.hardware import HardwareMismatchError
 from puzzle_dag.engine.jobs import BatchTimes, EngineResult
+from puzzle_dag.engine.levelling import AS_MEASURED
 from puzzle_dag.model.families import to_puzzle_dag_config
 from puzzle_dag.store import ArtifactStore
 
@@ -238,13 +239,15 @@ def test_a_strict_target_refuses_an_import_of_another_mode(file, shape, store):
 
 
 def test_files_of_former_versions_are_read_and_what_they_lack_is_said(file, shape, store, tmp_path, caplog, capsys):
-    """Format 2 had no `multiprocess` and no comparisons: the target that was measured tells the first, nothing the second."""
+    """Files had no `levelling` once, nor, in format 2, `multiprocess` and comparisons: of these the target that was measured tells one."""
     parquet, old = pq.read_table(file), tmp_path / "old.parquet"
     told = json.loads(parquet.schema.metadata[b"puzzle_dag"])
     for name in ("multiprocess", "comparisons"):
         del told["provenance"][name]
+    del told["levelling"]
     pq.write_table(parquet.replace_schema_metadata({b"puzzle_dag": json.dumps({**told, "format": 2})}), old)
-    origin = CostTable.read(old).provenance
+    origin, levelling = CostTable.read(old).provenance, CostTable.read(old).levelling
+    assert levelling == AS_MEASURED and levelling.words == "as measured: not every engine has a reference"
     assert origin is not None and origin.multiprocess is None and origin.comparisons == ()
     import_table(old, store)
     served = make_target(multiprocess=True)

@@ -328,8 +328,9 @@ def test_vllm_measures_only_what_is_missing(shape, tmp_path, monkeypatch):
     assert table.rows[0].engine_version == read_engine_version() and table.rows[0].hardware == detect_hardware().name
     kept = list((tmp_path / "store" / PROBE_KIND).glob("*/*/manifest.json"))
     assert len(kept) == 6
-    capacity = json.loads(kept[0].read_text())["metadata"]["kv_capacity_tokens"]
-    assert capacity >= 2 * (target.input_length + target.output_length)
+    found = EngineResult.from_json(json.loads(kept[0].read_text())["metadata"])
+    assert found.kv_capacity_tokens >= 2 * (target.input_length + target.output_length)
+    assert all(len(t.reference_s) == 2 and min(t.reference_s) > 0 and (t.median_pace("prefill") or 0) > 0 for t in found.times)
     assert table.provenance is not None and table.provenance.num_engines == 5 and table.provenance.last_measured_at is not None
     checked = [CapacityCheck(**c) for c in table.provenance.capacity]
     assert len(checked) == 5 and all(c.agrees and c.predicted_batch >= 2 for c in checked), checked
@@ -399,6 +400,7 @@ def test_vllm_is_measured_compiled_with_an_engine_core_of_its_own(shape, tmp_pat
     (result,) = run_engines([EngineJob(name="child", config=config, settings=settings, workload=workload)], retry=False)
     assert [t.batch for t in result.times] == [1, 2]
     assert all(len(t.total_s) == 2 and 0 < p < s for t in result.times for p, s in zip(t.prefill_s, t.total_s, strict=True))
+    assert all(len(t.reference_s) == 2 and min(t.reference_s) > 0 for t in result.times), "timed in the worker's own process"
     per_token = kv_bytes_per_token(shape, architecture, NumberTypes.of(target))
     assert result.kv_bytes_per_token == per_token and result.kv_capacity_tokens == predict_capacity_tokens(result, per_token)
     assert result.kv_capacity_tokens >= 2 * 36 and result.kv_cache_bytes == size_kv_cache(config, workload, settings)

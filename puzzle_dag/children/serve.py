@@ -1,7 +1,8 @@
 """Serve parent and children with real weights, and compare: the speed-up as measured, beside what was predicted.
 
 Engines of parent and children take turns in one worker, so that the machine's slow minutes hit all alike; the ratio
-is taken within each turn, and its confidence interval over the turns.
+is taken within each turn, and its confidence interval over the turns. Where the machine's pace (`engine.pace`) explains what engines
+of the same model differ by, the ratio is one of levelled times. All seconds and throughputs are as measured.
 """
 
 import statistics
@@ -13,10 +14,11 @@ from puzzle_dag.config import Target
 from puzzle_dag.engine.client import run_engines
 from puzzle_dag.engine.hardware import check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
+from puzzle_dag.engine.levelling import Levelling, decide_levelling
 from puzzle_dag.paired_ratio import estimate_ratio
 from puzzle_dag.progress import Progress, silent
 
-VERSION = 2
+VERSION = 3
 
 PARENT = "parent"
 """Name of the parent among the served models."""
@@ -47,7 +49,7 @@ class ServedModel:
     throughput_tokens_per_s: float
     """batch * (input + output tokens) / total_s."""
     engine_noise: float
-    """Relative standard deviation of `total_s` between the engines."""
+    """Relative standard deviation of `total_s`, as measured, between the engines."""
     predicted_s: float | None
     """What the cost table predicted for `total_s`; None where no prediction was given."""
     weight_bytes: int
@@ -76,6 +78,8 @@ class SpeedUp:
     """Upper end."""
     predicted: float | None
     """The cost table's; None where no prediction was given."""
+    levelled: bool = False
+    """Whether the seconds of the ratio were levelled by the machine's pace; as measured before this version of the package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +135,12 @@ def _summarise(model: str, batch: int, results: Sequence[EngineResult], target: 
     )
 
 
-def _compare(child: str, batch: int, results: Mapping[str, Sequence[EngineResult]], predicted: float | None) -> SpeedUp:
-    totals = {name: [r.at(batch).median_s("total") for r in results[name]] for name in (PARENT, child)}
+def _compare(
+    child: str, batch: int, results: Mapping[str, Sequence[EngineResult]], predicted: float | None, levelling: Levelling
+) -> SpeedUp:
+    totals = {name: [levelling.seconds(r.at(batch), "total") for r in results[name]] for name in (PARENT, child)}
     speedup, low, high = estimate_ratio(totals[PARENT], totals[child])
-    return SpeedUp(child=child, batch=batch, speedup=speedup, low=low, high=high, predicted=predicted)
+    return SpeedUp(child=child, batch=batch, speedup=speedup, low=low, high=high, predicted=predicted, levelled=levelling.is_used)
 
 
 def _check(parent_folder: Path, children: Mapping[str, Path], target: Target, engines: int, batch_sizes: Sequence[int]) -> None:
@@ -190,7 +196,7 @@ def measure_serving(
     ]
     by_job = {r.name: r for r in run_engines(jobs, progress=progress, hardware=hardware)}
     results = {name: [by_job[f"{name}/{turn}"] for turn in range(engines)] for name in folders}
-    predicted = predicted_s or {}
+    predicted, levelling = predicted_s or {}, decide_levelling(results.values(), batches, ("total",))
 
     def predict(name: str, batch: int) -> float | None:
         return predicted.get(name, {}).get(batch)
@@ -204,5 +210,5 @@ def measure_serving(
         hardware=hardware.name,
         engine_version=next(iter(by_job.values())).engine_version,
         models=tuple(_summarise(n, b, results[n], target, predict(n, b)) for n in folders for b in batches),
-        speedups=tuple(_compare(c, b, results, predict_speedup(c, b)) for c in children for b in batches),
+        speedups=tuple(_compare(c, b, results, predict_speedup(c, b), levelling) for c in children for b in batches),
     )

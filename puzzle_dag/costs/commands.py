@@ -103,6 +103,8 @@ def list_facts(table: "CostTable") -> list[tuple[str, str]]:
         ("seconds", table.source),
         ("largest residual", f"{max(table.residuals.values(), default=0.0):.1%}"),
     ]
+    if table.source != "analytic":
+        facts.append(("pace", table.levelling.words))
     if origin is None:
         return facts
     facts += [

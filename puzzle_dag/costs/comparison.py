@@ -1,4 +1,7 @@
-"""Predicted against measured, a row for each model, batch size and phase: how far a cost table can be trusted."""
+"""Predicted against measured, a row for each model, batch size and phase: how far a cost table can be trusted.
+
+Where the table's seconds are levelled, so are those that were measured: both are at the same of the machine's paces.
+"""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -9,8 +12,7 @@ from typing import Literal
 from puzzle_dag.architecture import Architecture
 from puzzle_dag.costs.probes import name_architecture
 from puzzle_dag.costs.table import CostTable
-from puzzle_dag.costs.tabulate import Measurement
-from puzzle_dag.engine.jobs import EngineResult
+from puzzle_dag.costs.tabulate import Measurement, group_engines
 
 Kind = Literal["probe", "held out"]
 TimedPhase = Literal["prefill", "decode", "total"]
@@ -36,11 +38,12 @@ class Comparison:
     predicted_s: float
     """Seconds by the table."""
     measured_s: float
-    """Median over the engines of each engine's median."""
+    """Median over the engines of each engine's median, at the pace of the table that it is held against (`CostTable.levelling`)."""
     error: float
     """predicted / measured - 1."""
     noise: float | None
-    """Mean difference between two engines of this same model, as a share of the median; None for a single engine."""
+    """Mean difference between two engines of this same model, levelled like `measured_s`, as a share of the median; None for a
+    single engine."""
     num_engines: int
     """Engines that measured it."""
 
@@ -61,25 +64,18 @@ def measure_noise(seconds: Sequence[float]) -> float | None:
     return statistics.fmean(abs(a - b) for a, b in pairs) / statistics.median(seconds) if pairs else None
 
 
-def group_engines(measured: Iterable[Measurement]) -> dict[Architecture, list[EngineResult]]:
-    """Return the engines of each model, in the order of measurement."""
-    groups: dict[Architecture, list[EngineResult]] = {}
-    for m in measured:
-        groups.setdefault(m.architecture, []).append(m.result)
-    return groups
-
-
 def compare(table: CostTable, measured: Iterable[Measurement], kind: Kind) -> list[Comparison]:
     """Hold a table against measurements of models, one row a model, batch size of the table, and phase.
 
     Raises:
         CostTableError: a model has a variant that the table lacks.
+        ValueError: the table is levelled, and a measurement has no reference of the machine's pace.
     """
     rows = []
     for architecture, engines in group_engines(measured).items():
         for batch in table.batch_sizes:
             for phase in TIMED_PHASES:
-                times = [e.at(batch).median_s(phase) for e in engines]
+                times = [table.levelling.seconds(e.at(batch), phase) for e in engines]
                 predicted_s, measured_s = predict(table, architecture, batch, phase), statistics.median(times)
                 rows.append(
                     Comparison(

@@ -17,8 +17,8 @@ from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.store import ArtifactStore
 
-VERSION = 1
-"""Version of the draw; part of the asset's code version."""
+VERSION = 2
+"""Version of the draw and of the comparison; part of the asset's code version."""
 
 ENOUGH_MODELS = 8
 """Held-out models from which on a verdict counts."""

@@ -158,7 +158,7 @@ def find_imported(
     residuals = {k: v for k, v in table.residuals.items() if int(k.partition("/")[0]) in target.batch_sizes}
     assert table.provenance is not None  # nothing else is imported
     provenance = _of_target(_complete(table, table.provenance), target)
-    imported = CostTable(sort_rows(rows), target, table.num_engines, residuals, provenance)
+    imported = CostTable(sort_rows(rows), target, table.num_engines, residuals, provenance, table.levelling)
     check_agreement(imported, target, find_serving_version(target))
     log.info("target %s: costs imported from %s, measured on %s", target.name, found.metadata["file"], rows[0].hardware)
     return imported

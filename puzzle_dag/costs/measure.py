@@ -26,7 +26,7 @@ from puzzle_dag.store import ArtifactStore, fingerprint
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 PROBE_KIND = "probe"
 """Kind of one engine's measurement in the artifact store."""
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from puzzle_dag.architecture import Architecture
 from puzzle_dag.config import Target
 from puzzle_dag.costs.provenance import Provenance
+from puzzle_dag.engine.levelling import AS_MEASURED, Levelling
 from puzzle_dag.piece_costs import CostSource, Phase, PieceCost, PieceCosts
 from puzzle_dag.pieces import Place
 from puzzle_dag.store import fingerprint, write_atomically
@@ -64,11 +65,12 @@ class CostRow:
     variant: str
     """Name of the variant; "engine" for the constant."""
     seconds: float
-    """Time it adds to the phase of a model whose layers are unlike each other, for the whole batch."""
+    """Time it adds to the phase of a model whose layers are unlike each other, for the whole batch, at the pace of the table's
+    `levelling`."""
     seconds_error: float
     """Standard error of `seconds` from the fit."""
     repeat_noise: float
-    """Relative standard deviation between engines that measured the same model at this batch and phase."""
+    """Relative standard deviation between engines that measured the same model at this batch and phase, levelled as `seconds` are."""
     parameters: int
     """Its parameters."""
     weight_bytes: int
@@ -101,6 +103,8 @@ class CostTable:
     """"batch/phase" -> relative spread of the measurements about the fit."""
     provenance: Provenance | None = None
     """Where it comes from; None for what nobody measured, and for files of an older version of this package."""
+    levelling: Levelling = AS_MEASURED
+    """At which of the machine's paces the seconds are: what is compared with them is told at the same. By default as measured."""
 
     @property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -191,7 +195,7 @@ class CostTable:
         """Write one Parquet file, atomically."""
         columns = {f.name: [getattr(r, f.name) for r in self.rows] for f in fields(CostRow)}
         provenance = None if self.provenance is None else asdict(self.provenance)
-        told = {"format": _FORMAT, **self._metadata(), "provenance": provenance, "digest": self.digest}
+        told = {"format": _FORMAT, **self._metadata(), "digest": self.digest, "provenance": provenance, "levelling": asdict(self.levelling)}
         table = pa.table(columns, schema=_SCHEMA).replace_schema_metadata({_METADATA_KEY: json.dumps(told)})
         buffer = io.BytesIO()
         pq.write_table(table, buffer)
@@ -213,7 +217,8 @@ class CostTable:
                 )
             rows = tuple(CostRow(**row) for row in parquet.to_pylist())
             provenance = None if told.get("provenance") is None else Provenance.from_json(told["provenance"])
-            table = CostTable(rows, Target.model_validate(told["target"]), told["num_engines"], told["residuals"], provenance)
+            target, levelling = Target.model_validate(told["target"]), Levelling(**told.get("levelling", {}))
+            table = CostTable(rows, target, told["num_engines"], told["residuals"], provenance, levelling)
             if told.get("digest", table.digest) != table.digest:
                 raise ValueError("its rows are not those that were written")
         except FileNotFoundError:

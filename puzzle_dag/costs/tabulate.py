@@ -1,5 +1,7 @@
 """From measured models to a cost table: one fit a batch size and phase, with bytes by arithmetic beside the seconds.
 
+Engines ran at different times, and the machine at different paces. Where that lowers the noise, their seconds are levelled first.
+
 Mixtures have one unknown more: what each piece that isn't the parent's own takes longer among unlike layers. In the table
 it is part of each such piece's seconds, so that costs still add up, and are right for children.
 """
@@ -16,10 +18,11 @@ from puzzle_dag.costs.probes import Variant, count_unlike, count_variants, list_
 from puzzle_dag.costs.rows import RowTemplate
 from puzzle_dag.costs.table import CONSTANT, PHASES, CostRow, CostTable, sort_rows
 from puzzle_dag.engine.jobs import EngineResult
+from puzzle_dag.engine.levelling import Levelling, decide_levelling, pool_noise
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.piece_costs import Phase
 
-VERSION = 2
+VERSION = 3
 _CONSTANT: Variant = ("constant", CONSTANT)
 _MIXING: Variant = ("constant", "mixing")
 _SMALLEST_SHARE = 0.1
@@ -38,24 +41,29 @@ class Measurement:
     """Its times."""
 
 
-def _pool_noise(measurements: list[Measurement], batch: int, phase: Phase) -> float:
-    """Return the relative standard deviation between engines of one model, pooled over the models."""
-    groups: dict[Architecture, list[float]] = {}
-    for m in measurements:
-        groups.setdefault(m.architecture, []).append(m.result.at(batch).median_s(phase))
-    squares, spare = 0.0, 0
-    for values in groups.values():
-        relative = np.array(values) / np.mean(values)
-        squares, spare = squares + float(((relative - 1.0) ** 2).sum()), spare + len(values) - 1
-    return float(np.sqrt(squares / spare)) if spare else 0.0
+def group_engines(measured: Iterable[Measurement]) -> dict[Architecture, list[EngineResult]]:
+    """Return the engines of each model, in the order of measurement."""
+    groups: dict[Architecture, list[EngineResult]] = {}
+    for m in measured:
+        groups.setdefault(m.architecture, []).append(m.result)
+    return groups
+
+
+def _measure_noise(models: Iterable[list[EngineResult]], batch: int, phase: Phase, levelling: Levelling) -> float:
+    """Return the relative standard deviation between engines of one model, pooled over the models; 0 for single engines."""
+    return pool_noise([levelling.seconds(e.at(batch), phase) for e in engines] for engines in models) or 0.0
 
 
 def _build_rows(
-    template: RowTemplate, parent: Block, pieces: list[Variant], fits: dict[tuple[int, Phase], Fitted], measured: list[Measurement]
+    template: RowTemplate,
+    parent: Block,
+    pieces: list[Variant],
+    fits: dict[tuple[int, Phase], Fitted],
+    noises: dict[tuple[int, Phase], float],
 ) -> list[CostRow]:
     spared, rows = {("attention", parent.attention.name), ("ffn", parent.ffn.name), _CONSTANT}, []
     for (batch, phase), fitted in fits.items():
-        noise, (mixing_s, mixing_error) = _pool_noise(measured, batch, phase), fitted[_MIXING]
+        noise, (mixing_s, mixing_error) = noises[batch, phase], fitted[_MIXING]
         for piece in [*pieces, _CONSTANT]:
             seconds, error = (0.0, 0.0) if piece[1] == "noop" else fitted[piece]
             own_s, own_error = (0.0, 0.0) if piece[1] == "noop" or piece in spared else (mixing_s, mixing_error)
@@ -88,6 +96,8 @@ def fit_table(
 ) -> CostTable:
     """Fit the costs of some variants to measurements of models, one robust regression a batch size and phase.
 
+    The table's `levelling` says whether its seconds are as measured or at the machine's pace; the measurements decide.
+
     Args:
         shape: the parent's configuration.
         parent: the parent's own block, which pays nothing for unlike layers.
@@ -103,18 +113,21 @@ def fit_table(
     architectures = [m.architecture for m in measured]
     unknowns = list_unknowns(architectures)
     counts, unlike = count_variants(architectures, unknowns), count_unlike(architectures, parent)
+    models = list(group_engines(measured).values())
+    levelling = decide_levelling(models, target.batch_sizes, PHASES)
     fits: dict[tuple[int, Phase], Fitted] = {}
-    residuals = {}
+    noises, residuals = {}, {}
     for batch in target.batch_sizes:
         for phase in PHASES:
-            times: Vector = np.array([m.result.at(batch).median_s(phase) for m in measured])
+            times: Vector = np.array([levelling.seconds(m.result.at(batch), phase) for m in measured])
             mixing_s, mixing_error_s = _find_mixing(counts, unlike, times)
             # Where noise is all there is, a mixture may have run in less time than mixing is said to take.
             fit = fit_costs(counts, np.maximum(times - mixing_s * unlike, _SMALLEST_SHARE * times))
             fitted: Fitted = {v: (float(s), float(e)) for v, s, e in zip(unknowns, fit.seconds, fit.errors, strict=True)}
             fitted |= {_CONSTANT: (fit.constant_s, fit.constant_error_s), _MIXING: (mixing_s, mixing_error_s)}
             fits[batch, phase], residuals[f"{batch}/{phase}"] = fitted, fit.residual
+            noises[batch, phase] = _measure_noise(models, batch, phase, levelling)
     pieces: list[Variant] = [("attention", a.name) for a in sorted(set(attentions))]
     pieces += [("ffn", f.name) for f in sorted(set(ffns))]
-    rows = _build_rows(RowTemplate.measured(shape, target, measured[0].result), parent, pieces, fits, measured)
-    return CostTable(sort_rows(rows), target, len(measured), residuals)
+    rows = _build_rows(RowTemplate.measured(shape, target, measured[0].result), parent, pieces, fits, noises)
+    return CostTable(sort_rows(rows), target, len(measured), residuals, levelling=levelling)

@@ -103,6 +103,14 @@ class BatchTimes:
     """Seconds from sending the batch until its last request has its first token, one a repeat."""
     total_s: tuple[float, ...]
     """Seconds until the whole batch is generated, one a repeat."""
+    reference_s: tuple[float, ...] = ()
+    """Seconds of the fixed work of `engine.pace`, the mean of just before and just after each repeat; empty where an older version of
+    this package measured."""
+
+    def __post_init__(self) -> None:
+        """Check that each repeat has its reference, or none has. Raises ValueError."""
+        if self.reference_s and len(self.reference_s) != len(self.total_s):
+            raise ValueError(f"batch {self.batch}: {len(self.reference_s)} references of {len(self.total_s)} repeats")
 
     @property
     def decode_s(self) -> tuple[float, ...]:
@@ -111,7 +119,16 @@ class BatchTimes:
 
     def median_s(self, phase: str) -> float:
         """Return the median seconds of "prefill", "decode" or "total"."""
-        return statistics.median({"prefill": self.prefill_s, "decode": self.decode_s, "total": self.total_s}[phase])
+        return statistics.median(self._repeats_s(phase))
+
+    def median_pace(self, phase: str) -> float | None:
+        """Return the median over the repeats of a phase's time in multiples of its reference's; None where there is no reference."""
+        if not self.reference_s:
+            return None
+        return statistics.median(s / r for s, r in zip(self._repeats_s(phase), self.reference_s, strict=True))
+
+    def _repeats_s(self, phase: str) -> tuple[float, ...]:
+        return {"prefill": self.prefill_s, "decode": self.decode_s, "total": self.total_s}[phase]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,5 +185,7 @@ class EngineResult:
     @staticmethod
     def from_json(content: dict[str, Any]) -> "EngineResult":
         """Undo `to_json`."""
-        times = tuple(BatchTimes(t["batch"], tuple(t["prefill_s"]), tuple(t["total_s"])) for t in content["times"])
+        times = tuple(
+            BatchTimes(t["batch"], *(tuple(t.get(name, ())) for name in ("prefill_s", "total_s", "reference_s"))) for t in content["times"]
+        )
         return EngineResult(**{**content, "times": times})

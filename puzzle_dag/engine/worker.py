@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from puzzle_dag.engine.inspection import (
 from puzzle_dag.engine.int8 import INT8, int8_config, prepare_checkpoint, quantization_argument
 from puzzle_dag.engine.jobs import BatchTimes, EngineJob, Workload
 from puzzle_dag.engine.kv_cache import count_capacity_tokens, size_kv_cache
+from puzzle_dag.engine.pace import time_pace
 from puzzle_dag.engine.watchdog import describe_status, log_path
 
 _MAX_PREFILL_TOKENS = 16_384
@@ -129,7 +131,10 @@ def _generate(llm: Any, prompts: list[dict[str, list[int]]], num_tokens: int) ->
 
 
 def _time_batches(llm: Any, job: EngineJob, vocab_size: int, channel: int) -> list[BatchTimes]:
-    """Time every batch size; the repeats of the sizes take turns, so that a disturbance hits one repeat of each, not all of one."""
+    """Time every batch size; the repeats of the sizes take turns, so that a disturbance hits one repeat of each, not all of one.
+
+    Between any two repeats, and at both ends, the machine's own pace is timed: a repeat's reference is the mean of its two neighbours.
+    """
     workload, rng = job.workload, np.random.default_rng(job.seed)
     prompts = {
         batch: [{"prompt_token_ids": row} for row in rng.integers(0, vocab_size, (batch, workload.input_length)).tolist()]
@@ -137,12 +142,15 @@ def _time_batches(llm: Any, job: EngineJob, vocab_size: int, channel: int) -> li
     }
     for batch in workload.batch_sizes:
         _generate(llm, prompts[batch], min(workload.output_length, _WARM_UP_TOKENS))
-    seconds: dict[int, list[tuple[float, float]]] = {batch: [] for batch in workload.batch_sizes}
+    seconds: dict[int, list[tuple[float, float, float]]] = {batch: [] for batch in workload.batch_sizes}
+    after_s = time_pace(llm)
     for _ in range(workload.repeats):
         for batch in workload.batch_sizes:
-            seconds[batch].append(_generate(llm, prompts[batch], workload.output_length))
+            prefill_s, total_s = _generate(llm, prompts[batch], workload.output_length)
+            before_s, after_s = after_s, time_pace(llm)
+            seconds[batch].append((prefill_s, total_s, (before_s + after_s) / 2))
         _send(channel, "alive", name=job.name)
-    return [BatchTimes(b, tuple(p for p, _ in pairs), tuple(t for _, t in pairs)) for b, pairs in seconds.items()]
+    return [BatchTimes(batch, *zip(*repeats, strict=True)) for batch, repeats in seconds.items()]
 
 
 def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
@@ -165,7 +173,7 @@ def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
         weight_bytes = None if job.folder is None else count_tensor_bytes(folder)
     return {
         "name": job.name,
-        "times": [{"batch": t.batch, "prefill_s": t.prefill_s, "total_s": t.total_s} for t in times],
+        "times": [asdict(t) for t in times],
         "weight_bytes": weight_bytes,
         "kv_bytes_per_token": round(kv_bytes),
         "kv_capacity_tokens": count_capacity_tokens(cache.num_gpu_blocks or 0, groups, cache.block_size) if kv_bytes else 0,

@@ -1,0 +1,71 @@
+"""The machine's own pace: seconds of a fixed piece of work, beside which an engine's times say what is the model's and what the machine's.
+
+On a shared machine the same model takes 10 to 20 % longer at one time than at another. The reference is the parent's kind of work,
+matrix products in the engine's own type and processes, so that what slows an engine down slows it down, too. It depends on the kind
+of device alone, never on the model: only then is it the same in all engines and sessions of a machine.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The fixed work: so many products of an activation [rows, inner] by a weight [columns, inner]."""
+
+    rows: int
+    """Tokens of the activation."""
+    inner: int
+    """Width that is summed over."""
+    columns: int
+    """Width of the result."""
+    num_products: int
+    """How often it is done."""
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of it all, two a multiply-add."""
+        return 2.0 * self.rows * self.inner * self.columns * self.num_products
+
+
+CPU_REFERENCE = Reference(1024, 384, 768, 60)
+"""36 GFLOP: about 0.1 s of two shared cores with AMX. Small enough for the caches, as the layers of a small parent are."""
+GPU_REFERENCE = Reference(4096, 4096, 4096, 32)
+"""4.4 TFLOP, some milliseconds at published peaks, in 100 MB, which the engine's own `device_bytes` then has, too."""
+
+
+def time_products(work: Reference, device: "torch.device", dtype: "torch.dtype") -> float:
+    """Return the seconds that a piece of work takes on a device. One product goes before, untimed: it readies the library."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)  # of its own: the engine's random numbers stay as they were
+    activation = torch.randn(work.rows, work.inner, generator=generator).to(device, dtype)
+    weight = torch.randn(work.columns, work.inner, generator=generator).to(device, dtype)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    with torch.inference_mode():
+        torch.nn.functional.linear(activation, weight)
+        wait()
+        start = time.perf_counter()
+        for _ in range(work.num_products):
+            torch.nn.functional.linear(activation, weight)
+        wait()
+        return time.perf_counter() - start
+
+
+def time_reference(worker: Any) -> float:
+    """Return the seconds of the reference on a worker's own device, in the model's type; runs there."""
+    work = CPU_REFERENCE if worker.device.type == "cpu" else GPU_REFERENCE
+    return time_products(work, worker.device, worker.model_config.dtype)
+
+
+def time_pace(llm: Any) -> float:
+    """Return the seconds of the reference in an engine: of its slowest worker, since a step waits for all."""
+    return float(max(llm.collective_rpc(time_reference)))

@@ -41,7 +41,7 @@ def find_corrections(measured: Sequence[Sequence[MeasuredBound]], *, may_loosen:
 
 def shrink(effect: float, error: float) -> float:
     """Return an effect, smaller by as much as is noise; 0 where it is within its standard error."""
-    return effect * max(0.0, 1.0 - (error / effect) ** 2) if effect else 0.0
+    return 0.0 if abs(effect) <= error else effect * (1.0 - (error / effect) ** 2)
 
 
 def corrected_scenario(scenario: Scenario, corrections: Corrections) -> Scenario:

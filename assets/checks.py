@@ -74,18 +74,21 @@ def _solution_is_feasible(plan: Plan, asset: str) -> Body:
     def body(context: dg.AssetCheckExecutionContext, workspace: Workspace) -> dg.AssetCheckResult:
         """Hold the solutions, added up again from the tables and not by the solver, against all that the scenario asks."""
         from puzzle_dag.config import split_earlier
+        from puzzle_dag.search.correction import corrected_scenario, corrections_of_json
         from puzzle_dag.search.recheck import recheck_solutions
         from puzzle_dag.search.solution import Solution
 
         scenario, earlier = split_earlier(workspace.shelf.value("scenario_spec", context.partition_key))
         value = workspace.shelf.value(asset, context.partition_key)
         solutions = [Solution.from_json(s) for s in (value["solution"], *value.get("pool", ()))]
-        is_refined = asset != "solution"
+        is_refined = asset != "solution" and plan.profile.refinement is not None
         asked = (scenario,) if is_refined else (scenario, *earlier.values())
+        # A trial solves with other bounds on time: the costs must meet those. What they tighten, the scenario's own is met with.
+        solved = corrected_scenario(scenario, corrections_of_json(value.get("corrections", {})))
         found = recheck_solutions(
             read_scores(workspace),
             read_costs(plan, workspace, *(target for one in asked for target in one.targets)),
-            scenario,
+            solved,
             parent_block(plan),
             solutions,
             earlier=earlier,
@@ -165,9 +168,7 @@ def _blocking_checks(plan: Plan) -> list[_Check]:
     layers, scenarios = plan.partitions.layers, plan.partitions.scenarios
     library, scores, assembled = _library_is_complete(plan), _scores_are_sound(plan), _child_is_as_assembled(plan)
     added_up = "The solutions, added up again, are as the scenario asks: bounds, budgets, structure, pool."
-    feasible = [
-        (asset, "feasible", scenarios, _solution_is_feasible(plan, asset), added_up) for asset in dict.fromkeys(("solution", plan.chosen))
-    ]
+    feasible = [(asset, "feasible", scenarios, _solution_is_feasible(plan, asset), added_up) for asset in plan.solving]
     return [
         ("block_library", "complete", layers, library, "Every variant of the space is there, its loss finite."),
         ("block_scores", "sound", layers, scores, "Scores are finite, and the parent's own block scores 0."),

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
+from assets.engine_watches import watch_block_costs
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
-from assets.watches import watch_block_costs
 from puzzle_dag.architecture import FFN, Architecture, Attention, Block
 from puzzle_dag.costs.accelerators import ACCELERATORS
 from puzzle_dag.progress import ProgressLog

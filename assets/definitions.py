@@ -34,6 +34,7 @@ from assets.search import search_assets
 from assets.serving import serving_assets
 from assets.sweeps import sweep_schedules
 from assets.task_scores import task_score_assets
+from assets.trial import trial_assets
 from resources.workspace import Workspace, project_root
 
 PROFILE_VARIABLE = "PUZZLE_DAG_PROFILE"
@@ -53,6 +54,7 @@ def build_definitions(plan: Plan | ForeignPlan) -> dg.Definitions:
         cost_assets,
         search_assets,
         refinement_assets,
+        trial_assets,
         predicted_assets,
         child_assets,
         grading_assets,

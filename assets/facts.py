@@ -27,7 +27,9 @@ class Chain:
     searched: Mapping[str, Any] | None
     """What the search found."""
     solution: Mapping[str, Any] | None
-    """What the child is made from: the same, or what a refinement made of it."""
+    """What the child is made from: the same, or what a refinement and a trial made of it."""
+    trial: Mapping[str, Any] | None
+    """What the engine said of it and of others before it was made."""
     child: Mapping[str, Any] | None
     uptrained: Mapping[str, Any] | None
     accuracy: Mapping[str, Any] | None
@@ -50,10 +52,11 @@ def read_chain(plan: Plan, workspace: Workspace, name: str) -> Chain:
     spec = value("scenario_spec")
     solved = after(spec, "solution", "scenario_spec", fingerprint)
     searched = None if solved is None else solved["solution"]
-    solution = searched
-    if plan.chosen == "refinement":
-        refined = after(spec, "refinement", "scenario_spec", fingerprint)
-        solution = refined["solution"] if refined and searched and refined["from"] == searched["digest"] else None
+    solution, last = searched, solved
+    for asset in plan.solving[1:]:
+        last = after(spec, asset, "scenario_spec", fingerprint)
+        solution = last["solution"] if last and solution and last["from"] == solution["digest"] else None
+    trial = last if plan.chosen == "trial" and solution is not None else None
     child = after(solution, "child", "solution", lambda s: s["digest"])
     uptrained = after(child, "uptrained_child", "child", lambda c: c["digest"])
     accuracy = after(uptrained, "accuracy", "uptrained_child", lambda u: u["digest"])
@@ -63,7 +66,7 @@ def read_chain(plan: Plan, workspace: Workspace, name: str) -> Chain:
         return found if found is not None and spec is not None and found["target"] == spec["target"] else None
 
     beyond = (measured(asset) for asset in ("serving", "load_curve", "speculation"))
-    return Chain(name, spec, searched, solution, child, uptrained, accuracy, *beyond)
+    return Chain(name, spec, searched, solution, trial, child, uptrained, accuracy, *beyond)
 
 
 def _speedup(chain: Chain) -> Mapping[str, Any]:

@@ -24,7 +24,7 @@ GROUPS = {
     "3_library": ("block_library",),
     "4_scores": ("block_scores", "run_scores", "task_scores", "layer_group", "score_table"),
     "5_costs": ("block_costs", "cost_table"),
-    "6_search": ("solution", "refinement", "predicted_frontier"),
+    "6_search": ("solution", "refinement", "trial", "predicted_frontier"),
     "7_children": ("child", "uptrained_child", "accuracy", "serving", "load_curve", "speculation"),
     "8_results": ("frontier", "tables"),
 }
@@ -33,8 +33,8 @@ GROUPS = {
 OPT_IN = ("load_curve", "speculation")
 """Assets that exist only where the profile has settings under their name; each takes minutes a scenario."""
 
-OPT_IN_SEARCH = ("refinement",)
-"""Likewise, before the children: they are made from what it finds."""
+OPT_IN_SEARCH = ("refinement", "trial")
+"""Likewise, before the children, in the order of the data flow: they are made from what the last of them ends with."""
 
 OPT_IN_SCORES = ("run_scores", "task_scores")
 """Further scores of a layer, likewise: of runs that begin at it (`search_space.runs`), and on lm-eval tasks (`task_scores`)."""
@@ -127,9 +127,14 @@ class Plan(Naming):
         return asset not in OPT_IN or getattr(self.profile, asset).includes(partition)
 
     @property
+    def solving(self) -> tuple[str, ...]:
+        """Names of the assets that hold a scenario's solution, each made from the one before it."""
+        return ("solution", *(name for name in OPT_IN_SEARCH if getattr(self.profile, name) is not None))
+
+    @property
     def chosen(self) -> str:
         """Name of the asset whose solutions the children are made from."""
-        return "solution" if self.profile.refinement is None else "refinement"
+        return self.solving[-1]
 
     @property
     def further_scores(self) -> tuple[str, ...]:

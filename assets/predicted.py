@@ -50,7 +50,7 @@ def predicted_pictures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Picture]:
 
 def _name(row: Mapping[str, Any]) -> str:
     """Return what stands beside a point."""
-    return f"{row['scenario']} before refinement" if row["kind"] == "searched" else row["scenario"] or row["kind"]
+    return f"{row['scenario']} as first found" if row["kind"] == "searched" else row["scenario"] or row["kind"]
 
 
 def _predict(plan: Plan, workspace: Workspace) -> list[dict[str, Any]]:
@@ -64,7 +64,7 @@ def _predict(plan: Plan, workspace: Workspace) -> list[dict[str, Any]]:
     scores, costs, rows = read_scores(workspace), read_costs(plan, workspace), list[dict[str, Any]]()
     for target in dict.fromkeys(s.target for s in searched.values()):
         own = {name: s for name, s in children.items() if s.target == target}
-        # Of a scenario whose refinement failed there is no child, only what the search found.
+        # Of a scenario whose refinement or trial failed there is no child, only what the search found.
         other = {n: s for n, s in searched.items() if s.target == target and (n not in own or own[n].digest != s.digest)}
         found = predict_frontier(scores, costs[target], parent_block(plan), own, searched=other, progress=ProgressLog(f"frontier {target}"))
         rows += [asdict(p) for p in found]

@@ -10,7 +10,7 @@ from assets.shortage import check_items, check_text
 from puzzle_dag.preflight import check_profile
 from resources.workspace import Workspace
 
-_ENGINE = ("block_costs", "parent_serving", "serving")
+_ENGINE = ("block_costs", "trial", "parent_serving", "serving")
 
 
 def check_before(plan: Plan | ForeignPlan, workspace: Workspace, *, may_run: Callable[[str], bool], dry: bool) -> None:

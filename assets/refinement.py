@@ -10,7 +10,7 @@ from assets.drawings import architecture_picture
 from assets.library import space_from_json
 from assets.materialise import Stopwatch, materialised, picture, table
 from assets.plan import Plan
-from assets.search import read_costs, read_scores
+from assets.search import Question
 from puzzle_dag.architecture import layer_key
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import fingerprint
@@ -18,12 +18,20 @@ from resources.rows import write_rows
 from resources.workspace import Workspace
 
 if TYPE_CHECKING:
+    from puzzle_dag.config import Scenario
     from puzzle_dag.search.context import Context
     from puzzle_dag.search.refine import Refinement
+    from puzzle_dag.search.solution import Solution
+
+
+REFINING = ("puzzle_dag.search.refine", "puzzle_dag.search.context", "puzzle_dag.search.score", "puzzle_dag.library.activations")
+"""Stages that a refinement goes through."""
+REFINED_FROM = ("parent", "parent_activations")
+"""Assets that it reads beside those that a search reads."""
 
 
 def chosen_solution(plan: Plan, workspace: Workspace, scenario: str) -> Mapping[str, Any]:
-    """Return the solution that a scenario's child is made from: the refined one, where the profile asks for that."""
+    """Return the solution that a scenario's child is made from: refined and tried, where the profile asks for that."""
     found: Mapping[str, Any] = workspace.shelf.value(plan.chosen, scenario)["solution"]
     return found
 
@@ -42,6 +50,31 @@ def _read_context(plan: Plan, workspace: Workspace, num_tokens: int | None) -> "
         plan.profile.dtype,
         None if num_tokens is None else num_tokens // plan.profile.tokens.row_length,
     )
+
+
+def refine(
+    plan: Plan, workspace: Workspace, first: "Solution", question: Question, scenario: "Scenario", *, rescore: bool = False
+) -> "Refinement":
+    """Improve a solution of a scenario by the profile's settings; the device must be held. What it ends with says how far it came."""
+    from puzzle_dag.search.refine import refine_solution
+
+    settings = plan.profile.refinement
+    assert settings is not None
+    refined = refine_solution(
+        first,
+        question.scores,
+        question.costs,
+        scenario,
+        _read_context(plan, workspace, settings.tokens),
+        workspace.store,
+        num_rounds=settings.rounds,
+        earlier=question.earlier,
+        rescore=rescore,
+        progress=ProgressLog(f"scores in {first.scenario}"),
+    )
+    change = f"from {refined.losses[0]:.4f} to {refined.losses[-1]:.4f}, as measured"
+    notes = {**first.notes, **refined.solution.notes, "refined": change}
+    return replace(refined, solution=replace(refined.solution, notes=notes))
 
 
 def _metadata(plan: Plan, workspace: Workspace, refined: "Refinement") -> dict[str, Any]:
@@ -69,8 +102,8 @@ def refinement_assets(plan: Plan) -> list[dg.AssetsDefinition]:
     @dg.asset(
         **plan.options(
             "refinement",
-            deps=["solution", "scenario_spec", "score_table", "cost_table", "parent", "parent_activations"],
-            stages=["puzzle_dag.search.refine", "puzzle_dag.search.context", "puzzle_dag.search.score", "puzzle_dag.library.activations"],
+            deps=["solution", "scenario_spec", "score_table", "cost_table", *REFINED_FROM],
+            stages=REFINING,
             settings={"refinement": settings.model_dump(), "dtype": plan.profile.dtype},
             partitions=plan.partitions.scenarios,
             kinds=("pytorch", "highs"),
@@ -79,38 +112,21 @@ def refinement_assets(plan: Plan) -> list[dg.AssetsDefinition]:
         )
     )
     def refinement(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        from puzzle_dag.config import split_earlier
-        from puzzle_dag.search.refine import refine_solution
         from puzzle_dag.search.solution import Solution
 
         name = context.partition_key
-        spec = workspace.shelf.value("scenario_spec", name)
-        scenario, earlier = split_earlier(spec)
+        question = Question.read(plan, workspace, name)
         first = Solution.from_json(workspace.shelf.value("solution", name)["solution"])
-        costs = read_costs(plan, workspace, *(target for asked in (scenario, *earlier.values()) for target in asked.targets))
         with workspace.device():
             time = Stopwatch()
-            refined = refine_solution(
-                first,
-                read_scores(workspace),
-                costs,
-                scenario,
-                _read_context(plan, workspace, settings.tokens),
-                workspace.store,
-                num_rounds=settings.rounds,
-                earlier=earlier,
-                rescore=workspace.anew,
-                progress=ProgressLog(f"scores in {name}"),
-            )
-        change = f"from {refined.losses[0]:.4f} to {refined.losses[-1]:.4f}, as measured"
-        notes = {**first.notes, **refined.solution.notes, "refined": change}
-        solution = replace(refined.solution, notes=notes)
+            refined = refine(plan, workspace, first, question, question.scenario, rescore=workspace.anew)
+        solution = refined.solution
         rows = [{"scenario": name, **asdict(step)} for step in refined.steps]
         return materialised(
             context,
             plan,
             workspace,
-            {"scenario_spec": fingerprint(spec), "from": first.digest, "solution": solution.to_json(), "steps": rows},
+            {"scenario_spec": fingerprint(question.spec), "from": first.digest, "solution": solution.to_json(), "steps": rows},
             data_version=solution.digest,
             files=[write_rows(workspace.tables / "refinement" / f"{name}.parquet", rows)],
             metadata=_metadata(plan, workspace, refined),

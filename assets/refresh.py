@@ -33,7 +33,7 @@ State = Literal["fresh", "ran", "checked", "stale", "unchecked", "failed", "wait
 ANEW = {
     "retrain": ("block_library", "uptrained_child"),
     "rescore": ("block_scores", "run_scores", "task_scores", "refinement"),
-    "remeasure": ("block_costs", "parent_serving", "serving"),
+    "remeasure": ("block_costs", "trial", "parent_serving", "serving"),
     "regrade": ("parent_accuracy", "accuracy"),
 }
 """What a person may ask to be made anew though the store has it: option -> assets. A re-run alone takes what is stored."""

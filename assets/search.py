@@ -1,6 +1,7 @@
 """The search: for each scenario the architecture that costs least quality and meets every constraint."""
 
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -71,6 +72,40 @@ def check_source(workspace: Workspace, scenario: "Scenario", costs: PieceCosts) 
     if costs.source == "analytic" and scenario.costs != "analytic":
         target = workspace.target_of(workspace.shelf.value("target_spec", costs.target))
         raise CostsMissingError(f"scenario {scenario.name}: {explain_unmeasured(target)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A scenario and all that it is answered from."""
+
+    spec: Mapping[str, Any]
+    """The scenario as its record says it."""
+    scenario: "Scenario"
+    """The same, read."""
+    earlier: "Mapping[str, Scenario]"
+    """Those that it must differ from, by name."""
+    scores: "list[list[BlockScore]]"
+    """The score table."""
+    costs: Mapping[str, PieceCosts]
+    """The costs of all targets, by name."""
+
+    @staticmethod
+    def read(plan: Plan, workspace: Workspace, name: str) -> "Question":
+        """Read a scenario's. Raises CostsMissingError, EngineDisagreementError as `read_costs`."""
+        from puzzle_dag.config import split_earlier
+
+        spec = workspace.shelf.value("scenario_spec", name)
+        scenario, earlier = split_earlier(spec)
+        costs = read_costs(plan, workspace, *(target for asked in (scenario, *earlier.values()) for target in asked.targets))
+        return Question(spec, scenario, earlier, read_scores(workspace), costs)
+
+    def answer(self, plan: Plan, scenario: "Scenario | None" = None) -> "list[Solution]":
+        """Solve the scenario, or another for the same targets; the solutions say what their costs are. Raises ScenarioError."""
+        from puzzle_dag.search.answer import answer_scenario
+
+        found = answer_scenario(self.scores, self.costs, scenario or self.scenario, parent_block(plan), earlier=self.earlier)
+        source = weakest_source(self.costs[target].source for target in self.scenario.targets)
+        return [replace(s, notes={**s.notes, "costs": source}) for s in found]
 
 
 def solution_row(solution: "Solution") -> dict[str, Any]:
@@ -179,26 +214,21 @@ def search_assets(plan: Plan) -> list[dg.AssetsDefinition]:
         )
     )
     def solution(context: dg.AssetExecutionContext, workspace: Workspace) -> dg.MaterializeResult:
-        from puzzle_dag.config import split_earlier
-        from puzzle_dag.search.answer import answer_scenario
         from puzzle_dag.search.infeasible import InfeasibleScenarioError
 
-        time, spec = Stopwatch(), workspace.shelf.value("scenario_spec", context.partition_key)
-        scenario, earlier = split_earlier(spec)
-        costs = read_costs(plan, workspace, *(target for asked in (scenario, *earlier.values()) for target in asked.targets))
-        for target in scenario.targets:
-            check_source(workspace, scenario, costs[target])
+        time, name = Stopwatch(), context.partition_key
+        question = Question.read(plan, workspace, name)
+        for target in question.scenario.targets:
+            check_source(workspace, question.scenario, question.costs[target])
         try:
-            found = answer_scenario(read_scores(workspace), costs, scenario, parent_block(plan), earlier=earlier)
+            found = question.answer(plan)
         except InfeasibleScenarioError as error:
             raise _failure(error) from error
-        source = weakest_source(costs[target].source for target in scenario.targets)
-        found, name = [replace(s, notes={**s.notes, "costs": source}) for s in found], context.partition_key
         return materialised(
             context,
             plan,
             workspace,
-            {"scenario_spec": fingerprint(spec), "solution": found[0].to_json(), "pool": [s.to_json() for s in found[1:]]},
+            {"scenario_spec": fingerprint(question.spec), "solution": found[0].to_json(), "pool": [s.to_json() for s in found[1:]]},
             data_version=found[0].digest,
             files=[
                 write_rows(workspace.tables / "solutions" / f"{name}.parquet", [solution_row(found[0])]),

@@ -10,7 +10,7 @@ has another one, the refresh runs the asset again. For a configuration asset the
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `block_costs` takes what was imported for a target that this machine can't measure.
 - `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its target and batch sizes.
-- What an engine measured (`block_costs`, `parent_serving`, `serving`) holds for that version of it.
+- What an engine measured (`block_costs`, `trial`, `parent_serving`, `serving`) holds for that version of it.
 - `cost_table`, `predicted_frontier`, `frontier` and `tables` gather what there is, so a partition that went away counts, too.
 """
 
@@ -19,10 +19,10 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
+from assets.engine_watches import watch_costs_and_engine, watch_engine, watch_serving, watch_trial
 from assets.foreign.plan import ForeignPlan
 from assets.foreign.watches import watch_foreign_frontier, watch_foreign_scenario, watch_library_file
 from assets.plan import Plan
-from assets.served import asked_batches
 from puzzle_dag.architecture import LayerSpace, layer_index
 from puzzle_dag.config import BundledCorpus, ConfigError, TextCorpus, with_earlier
 from puzzle_dag.config.profile import ask_python_library
@@ -117,30 +117,6 @@ def watch_target_spec(plan: Plan, workspace: Workspace, partition: str | None) -
     return workspace.read_target(partition).model_dump(mode="json")
 
 
-def watch_block_costs(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
-    """Return whether a target's costs have to be analytic, and which were imported for it, so that another file is used at once."""
-    from puzzle_dag.costs.imports import find_import_digest
-
-    assert partition is not None
-    digest = find_import_digest(plan.shape, workspace.read_target(partition), workspace.store)
-    imported = {} if digest is None else {"imported": digest}
-    return {"analytic": digest is None and _has_to_be_analytic(workspace, partition), **imported}
-
-
-def _has_to_be_analytic(workspace: Workspace, partition: str) -> bool:
-    """Say whether a scenario accepts analytic costs of a target that nobody measured; asked where no costs of it are imported."""
-    scenarios = [workspace.read_scenario(name) for name in workspace.read_profile().scenarios]
-    if not any(partition in s.targets and s.costs == "analytic" for s in scenarios):
-        return False
-    from puzzle_dag.costs.obtain import is_measurable
-
-    record, target = workspace.shelf.find("block_costs", partition), workspace.read_target(partition)
-    of_today = record is not None and record.value["target_spec"] == fingerprint(target.model_dump(mode="json"))
-    # Imported costs on record are of an import that is gone.
-    measured = of_today and record is not None and record.value.get("source", "measured") == "measured"
-    return not (measured or is_measurable(target))
-
-
 def watch_scenario_spec(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any]:
     """Return one scenario, validated, and under "earlier" those that it must differ from: an edit of theirs is one of its own.
 
@@ -166,30 +142,6 @@ def watch_uptrain_budget(plan: Plan, workspace: Workspace, partition: str | None
     return {**workspace.read_scenario(partition).uptrain.model_dump(), **watch_chat_template(plan, workspace)}
 
 
-def watch_engine(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any] | None:
-    """Return the engine's version: what another one measured is not what this one takes. None where none is installed to compare with."""
-    from puzzle_dag.engine.client import VllmMissingError, read_engine_version
-
-    try:
-        return {"engine_version": read_engine_version()}
-    except VllmMissingError:
-        return None
-
-
-def watch_costs_and_engine(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any] | None:
-    """Return whether a target's costs have to be analytic and, where not, the version of the engine that measures them."""
-    wanted = watch_block_costs(plan, workspace, partition)
-    engine = {} if wanted["analytic"] else watch_engine(plan, workspace)
-    return None if engine is None else {**wanted, **engine}
-
-
-def watch_serving(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any] | None:
-    """Return which target a scenario's child is measured on, at which batch sizes beside the kept one, and the engine's version."""
-    assert partition is not None
-    engine, scenario = watch_engine(plan, workspace), workspace.read_scenario(partition)
-    return None if engine is None else {"target": scenario.target, "batches": asked_batches(scenario), **engine}
-
-
 def _versions(workspace: Workspace, asset: str, partitions: tuple[str, ...] | None = None) -> dict[str, str]:
     """Return what is on the shelf of an asset: partition -> DataVersion, value and all."""
     found = {p: workspace.shelf.find(asset, p) for p in partitions or (None,)}
@@ -202,7 +154,7 @@ def watch_cost_table(plan: Plan, workspace: Workspace, _: str | None = None) -> 
 
 
 def watch_predicted_frontier(plan: Plan, workspace: Workspace, _: str | None = None) -> dict[str, Any]:
-    """Return what the search chose for each scenario as it is today, at which batch size, and what a refinement made of it.
+    """Return what the search chose for each scenario as it is today, at which batch size, and what a refinement or a trial made of it.
 
     Not how long it took: that is no other frontier.
     """
@@ -243,6 +195,7 @@ WATCHES: dict[str, Watch] = {
     "scenario_spec": watch_scenario_spec,
     "child": watch_chat_template,
     "uptrained_child": watch_uptrain_budget,
+    "trial": watch_trial,
     "parent_serving": watch_engine,
     "serving": watch_serving,
     "cost_table": watch_cost_table,
@@ -296,6 +249,7 @@ def watched_words(plan: Plan, asset: str, partition: str | None) -> str:
         "child": "the parent's chat template changed",
         "uptrained_child": f"the parent's chat template or the budget in conf/scenarios/{partition}.yaml changed",
         "block_costs": "vLLM's version changed, or whether costs may be analytic",
+        "trial": "vLLM's version changed",
         "parent_serving": "vLLM's version changed",
         "serving": f"vLLM's version, or the target or a batch size in conf/scenarios/{partition}.yaml, changed",
     }

@@ -95,7 +95,7 @@ def test_the_predicted_picture_tells_children_from_what_was_searched_and_names_i
         ("solution", "curve", 0.1),
         ("parent", "parent", 0.0),
         ("child", "fast", 0.3),
-        ("searched", "fast before refinement", 0.1),
+        ("searched", "fast as first found", 0.1),
     }
     assert len(drawn["cpu: measured costs"]) == 1
     captions = {name: picture.caption for name, picture in found.items()}

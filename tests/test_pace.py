@@ -180,15 +180,15 @@ def test_one_engine_without_a_reference_leaves_all_as_measured(shape):
 
 def test_the_decision_says_its_numbers():
     a, b = (make_result({1: 1.0}, [s] * 3, reference=[r] * 3) for s, r in ((0.95, 1.0), (1.05, 1.1)))
-    found = decide_levelling([[a, b]], (1,), ("prefill", "decode"))
+    found = decide_levelling([[a, b]], ("prefill", "decode"))
     assert found.is_used and found.noise == pytest.approx(0.05 * 2**0.5) and found.reference_s == pytest.approx(0.105)
     assert found.words == "levelled: noise 7.1 % as measured, 0.3 % at the machine's pace"
     assert found.seconds(a.at(1), "total") == pytest.approx(2 * 0.95 * 1.05)
     assert dataclasses.replace(found, levelled_noise=0.08).words == "as measured: noise 7.1 % as measured, 8.0 % at the machine's pace"
-    assert "one engine a model" in decide_levelling([[a], [b]], (1,), ("prefill",)).words
+    assert "one engine a model" in decide_levelling([[a], [b]], ("prefill",)).words
     assert not AS_MEASURED.is_used and AS_MEASURED.seconds(a.at(1), "total") == a.at(1).median_s("total")
     steady = [make_result({1: s}, [1.0] * 3, reference=[1.0] * 3) for s in (0.95, 1.05)]
-    assert not decide_levelling([steady], (1,), ("total",)).is_used, "a pace that is always the same has nothing to level"
+    assert not decide_levelling([steady], ("total",)).is_used, "a pace that is always the same has nothing to level"
     assert pool_noise([[1.0], [2.0]]) is None
 
 

@@ -46,6 +46,10 @@ class TickingEngine:
 
     jobs: list[EngineJob] = field(default_factory=list)
     leased_root: Path | None = None
+    slowdown: float = 1.0
+    """How many times as long models take of which a layer differs from the parent's."""
+    dies_after: int | None = None
+    """Engines that run until one fails, as if the machine had been switched off; None where none fails."""
 
     @property
     def probes(self) -> list[str]:
@@ -63,9 +67,14 @@ class TickingEngine:
         results = []
         for job in jobs:
             config = job.config or json.loads((Path(job.folder or "") / "config.json").read_text())
+            if self.dies_after is not None and len(self.jobs) >= self.dies_after:
+                raise RuntimeError("switched off")
             seconds, self.jobs = _layer_seconds(config), [*self.jobs, job]
-            batches = job.workload.batch_sizes
-            times = tuple(BatchTimes(b, (0.001 + seconds,) * 2, (0.002 + (2 + 0.1 * b + 0.001 * job.seed) * seconds,) * 2) for b in batches)
+            slow = self.slowdown if config.get("per_layer_config") else 1.0
+            times = tuple(
+                BatchTimes(b, (slow * (0.001 + seconds),) * 2, (slow * (0.002 + (2 + 0.1 * b + 0.001 * job.seed) * seconds),) * 2)
+                for b in job.workload.batch_sizes
+            )
             result = EngineResult(
                 name=job.name,
                 times=times,

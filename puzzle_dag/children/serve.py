@@ -196,7 +196,7 @@ def measure_serving(
     ]
     by_job = {r.name: r for r in run_engines(jobs, progress=progress, hardware=hardware)}
     results = {name: [by_job[f"{name}/{turn}"] for turn in range(engines)] for name in folders}
-    predicted, levelling = predicted_s or {}, decide_levelling(results.values(), batches, ("total",))
+    predicted, levelling = predicted_s or {}, decide_levelling(results.values(), ("total",))
 
     def predict(name: str, batch: int) -> float | None:
         return predicted.get(name, {}).get(batch)

@@ -46,6 +46,7 @@ from puzzle_dag.config.shape import Shape, read_shape
 from puzzle_dag.config.space import LayerOverride, RunSettings, SearchSpaceSettings, resolve_runs, resolve_space
 from puzzle_dag.config.structure import PoolSettings, StructureSettings
 from puzzle_dag.config.target import Target, read_target, target_file
+from puzzle_dag.config.trial import TrialSettings
 
 __all__ = [
     "LOSSES",
@@ -80,6 +81,7 @@ __all__ = [
     "TaskScoreSettings",
     "TextCorpus",
     "TokenBudgets",
+    "TrialSettings",
     "UptrainBudget",
     "UptrainSettings",
     "check_name",

@@ -11,6 +11,7 @@ from puzzle_dag.config.online import LoadCurveSettings, ServingSettings, Specula
 from puzzle_dag.config.reading import ConfigError, Name, Settings, check_name, locate, read_settings
 from puzzle_dag.config.refinement import RefinementSettings
 from puzzle_dag.config.space import SearchSpaceSettings
+from puzzle_dag.config.trial import TrialSettings
 
 
 class ParentSource(Settings):
@@ -195,6 +196,8 @@ class Profile(Settings):
     """Grades of each block, alone in the parent, on lm-eval tasks; none unless given."""
     refinement: RefinementSettings | None = None
     """Solutions improved with scores taken inside the child; as the search found them unless given."""
+    trial: TrialSettings | None = None
+    """Solutions tried on the engine before anything is trained, and searched again where they miss their bounds; not unless given."""
     serving: ServingSettings = ServingSettings()
     """Parent and children on the engine, by turns."""
     load_curve: LoadCurveSettings | None = None

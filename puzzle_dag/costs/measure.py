@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -55,13 +55,21 @@ def _check_lengths(shape: PuzzleDagConfig, target: Target) -> None:
         )
 
 
-def _describe(config: dict[str, Any], target: Target, engine: int, hardware: Hardware, engine_version: str) -> dict[str, Any]:
+def plain_config(shape: PuzzleDagConfig, architecture: Architecture) -> dict[str, Any]:
+    """Return what config.json says of a model of `architecture`, as it is read back from JSON."""
+    config: dict[str, Any] = json.loads(json.dumps(serving_config(shape, architecture)))
+    return config
+
+
+def describe_engine(
+    config: dict[str, Any], settings: EngineSettings, workload: Workload, engine: int, hardware: Hardware, engine_version: str
+) -> dict[str, Any]:
     """Return everything that determines a measurement: what its store key is made from."""
     return {
         "version": VERSION,
         "config": {k: v for k, v in config.items() if k not in _IRRELEVANT},
-        "settings": asdict(EngineSettings.of(target)),
-        "workload": asdict(Workload.of(target)),
+        "settings": asdict(settings),
+        "workload": asdict(workload),
         "engine": engine,
         "engine_version": engine_version,
         "hardware": hardware.name,
@@ -74,14 +82,58 @@ def _plan_jobs(
 ) -> list[_Planned]:
     """Return every engine that is wanted. Engines of one model are far apart, so that a slow minute does not pass for a slow model."""
     settings, workload = EngineSettings.of(target), Workload.of(target)
-    configs = [(a, json.loads(json.dumps(serving_config(shape, a)))) for a in architectures]
+    configs = [(a, plain_config(shape, a)) for a in architectures]
     planned = []
     for engine in range(target.engines_per_probe):
         for architecture, config in configs:
-            inputs = _describe(config, target, engine, hardware, engine_version)
+            inputs = describe_engine(config, settings, workload, engine, hardware, engine_version)
             job = EngineJob(name=fingerprint(inputs), config=config, settings=settings, workload=workload, seed=engine)
             planned.append(_Planned(architecture, job, inputs))
     return planned
+
+
+def find_engine(kind: str, key: str, store: ArtifactStore) -> EngineResult | None:
+    """Return what one engine measured before, None where the store lacks it."""
+    found = store.find(kind, key)
+    return None if found is None else EngineResult.from_json(found.metadata)
+
+
+def run_and_keep(
+    kind: str,
+    jobs: Sequence[EngineJob],
+    inputs: Mapping[str, dict[str, Any]],
+    target: Target,
+    hardware: Hardware,
+    store: ArtifactStore,
+    *,
+    progress: Progress = silent,
+) -> dict[str, EngineResult]:
+    """Run engines and store each result the moment it is there, so that a crash loses none.
+
+    Args:
+        kind: of the artifacts.
+        jobs: named by their store keys.
+        inputs: key -> what it was made from.
+        target: how they are served.
+        hardware: this machine.
+        store: where the results are kept.
+        progress: called after each engine.
+
+    Raises:
+        VllmMissingError, EngineRefusedError, UnsupportedPrecisionError, EngineFailedError: as `measure_models`.
+    """
+    results: dict[str, EngineResult] = {}
+
+    def keep(job: EngineJob, result: EngineResult) -> None:
+        content = result.to_json()
+        store.write(kind, job.name, lambda _: fingerprint(content), inputs=inputs[job.name], metadata=content)
+        results[job.name] = result
+
+    if jobs:
+        require_precision(jobs[0], hardware)
+    logs = store.root.parent / "logs" / "engines"
+    run_engines(jobs, on_result=keep, progress=progress, hardware=hardware, process_each=target.process_per_probe, log_folder=logs)
+    return results
 
 
 def measure_models(
@@ -122,22 +174,12 @@ def measure_models(
     check_installed(target, engine_version)
     planned = _plan_jobs(shape, architectures, target, hardware, engine_version)
     inputs = {p.job.name: p.inputs for p in planned}
-    stored = {} if remeasure else {key: found for key in inputs if (found := store.find(PROBE_KIND, key)) is not None}
-    results = {key: EngineResult.from_json(artifact.metadata) for key, artifact in stored.items()}
+    results = {} if remeasure else {key: found for key in inputs if (found := find_engine(PROBE_KIND, key, store)) is not None}
     before = [Measurement(p.architecture, results[p.job.name]) for p in planned if p.job.name in results]
     check_memory(shape, architectures, target, hardware, engine_bytes=max(0, measure_engine_bytes(shape, target, before) or 0))
     jobs = [p.job for p in planned if p.job.name not in results]
     log.info("target %s: %d engines measured before, %d to run", target.name, len(results), len(jobs))
-
-    def keep(job: EngineJob, result: EngineResult) -> None:
-        content = result.to_json()
-        store.write(PROBE_KIND, job.name, lambda _: fingerprint(content), inputs=inputs[job.name], metadata=content)
-        results[job.name] = result
-
-    if jobs:
-        require_precision(jobs[0], hardware)
-    logs = store.root.parent / "logs" / "engines"
-    run_engines(jobs, on_result=keep, progress=progress, hardware=hardware, process_each=target.process_per_probe, log_folder=logs)
+    results |= run_and_keep(PROBE_KIND, jobs, inputs, target, hardware, store, progress=progress)
     return [Measurement(p.architecture, results[p.job.name]) for p in planned]
 
 

@@ -114,7 +114,7 @@ def fit_table(
     unknowns = list_unknowns(architectures)
     counts, unlike = count_variants(architectures, unknowns), count_unlike(architectures, parent)
     models = list(group_engines(measured).values())
-    levelling = decide_levelling(models, target.batch_sizes, PHASES)
+    levelling = decide_levelling(models, PHASES)
     fits: dict[tuple[int, Phase], Fitted] = {}
     noises, residuals = {}, {}
     for batch in target.batch_sizes:

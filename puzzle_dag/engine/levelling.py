@@ -78,15 +78,14 @@ def pool_noise(groups: Iterable[Sequence[float]]) -> float | None:
     return math.sqrt(squares / spare) if spare else None
 
 
-def decide_levelling(models: Iterable[Sequence[EngineResult]], batch_sizes: Sequence[int], phases: Sequence[str]) -> Levelling:
+def decide_levelling(models: Iterable[Sequence[EngineResult]], phases: Sequence[str]) -> Levelling:
     """Decide by the noise between engines of the same model, over all batch sizes and phases, whether times are levelled.
 
     Args:
-        models: the engines of each model.
-        batch_sizes: those that count.
+        models: the engines of each model, all of which were timed at the same batch sizes.
         phases: those that count: "prefill", "decode" or "total".
     """
-    engines = [[e.at(batch) for e in of_model] for of_model in models for batch in batch_sizes]
+    engines = [[e.at(times.batch) for e in of_model] for of_model in models for times in of_model[0].times]
     everything = [t for group in engines for t in group]
     references = [r for t in everything for r in t.reference_s]
     reference_s = statistics.median(references) if references and all(t.reference_s for t in everything) else None

@@ -248,7 +248,7 @@ def frontier(
     predicted = sorted((p.x, p.y) for p in points if p.kind == "solution")
     if predicted:
         ax.plot(*zip(*predicted, strict=True), color=MUTED, linewidth=1.2, marker=".", label="solutions (predicted)")
-    _draw_models(ax, [p for p in points if p.kind == "searched"], ORANGE, "s", "before refinement")
+    _draw_models(ax, [p for p in points if p.kind == "searched"], ORANGE, "s", "as first found")
     _draw_models(ax, [p for p in points if p.kind == "child"], BLUE, "o", children)
     _draw_models(ax, [p for p in points if p.kind == "parent"], INK, "*", "parent")
     losses = [p.y for p in points if p.y > 0]

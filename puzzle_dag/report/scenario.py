@@ -9,6 +9,7 @@ from puzzle_dag.report.loosened import LoosenedFact, loosened_rows
 from puzzle_dag.report.online import load_section, speculation_section
 from puzzle_dag.report.pictures import DISTILLATION_LOSSES, architecture_map, loss_curve, retention_bars
 from puzzle_dag.report.tables import format_percent, format_quantity, format_seconds
+from puzzle_dag.report.trial import trial_section
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +112,10 @@ class ScenarioFacts:
     """Attention variants that were on offer."""
     ffns: Sequence[str] = ()
     """FFN variants that were on offer."""
+    trial: Sequence[Mapping[str, Any]] = ()
+    """What was tried on the engine before training: a row a child and bound, as `report.trial.trial_section` takes them."""
+    trial_words: str = ""
+    """What came of that, or why nothing was tried; empty where the profile doesn't ask for a trial."""
     served: Sequence[ServedFact] = ()
     """What the engine measured."""
     command: str = ""
@@ -135,7 +140,8 @@ class ScenarioFacts:
 
 def render_scenario(facts: ScenarioFacts, *, footer: str = "") -> str:
     """Return the HTML page of one scenario."""
-    sections = [_asked(facts), _architecture(facts), _served(facts), _quality(facts), load_section(facts.load, facts.output_length)]
+    tried = trial_section(facts.trial, facts.trial_words)
+    sections = [_asked(facts), _architecture(facts), tried, _served(facts), _quality(facts), load_section(facts.load, facts.output_length)]
     if facts.speculation:
         sections.append(speculation_section(**facts.speculation))
     subtitle = " · ".join(p for p in (facts.description, f"profile {facts.profile}", f"target {facts.target}") if p)

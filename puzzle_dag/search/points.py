@@ -117,16 +117,24 @@ def _label(scenario: Scenario, name: ConstraintName, bound: Bound) -> str:
     return f"{name}{place} at batch {bound.at.batch}{length}"
 
 
-def _parent_value(measure: Measure, bound: Bound, parent: Architecture, scenario: Scenario) -> Fraction:
-    """Return the parent's own value that a relative bound is a multiple of.
+def parent_measure(measure: Measure, bound: Bound, parent: Architecture, scenario: Scenario) -> Measure:
+    """Return the measure whose value for the parent a relative bound is a multiple of.
 
     Throughput without a stated batch: the parent at its own best batch size on that target, among those at which it
-    fits where the scenario bounds memory in bytes there. Everything else: at the very point of the measure.
+    fits where the scenario bounds memory in bytes there. Everything else: the very point of the measure.
+
+    Raises:
+        ScenarioError: the parent fits at no batch size.
     """
     if not measure.is_rate or bound.at is not None:
-        value = measure.value(measure.total(parent))
-    else:
-        value = max(candidate.value(candidate.total(parent)) for candidate in _fitting(measure, parent, scenario))
+        return measure
+    return max(_fitting(measure, parent, scenario), key=lambda candidate: candidate.value(candidate.total(parent)))
+
+
+def _parent_value(measure: Measure, bound: Bound, parent: Architecture, scenario: Scenario) -> Fraction:
+    """Return the parent's own value that a relative bound is a multiple of."""
+    own = parent_measure(measure, bound, parent, scenario)
+    value = own.value(own.total(parent))
     if value == float("inf"):
         raise ScenarioError(f"constraints.{measure.name}: the parent takes no time on target {measure.costs.target}; measure it again")
     return Fraction(value)

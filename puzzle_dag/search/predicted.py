@@ -31,7 +31,7 @@ QUANTITIES: Mapping[ConstraintName, Literal["at_least", "at_most"]] = {
 }
 """What is swept, and which side of it is bounded."""
 PointKind = Literal["curve", "parent", "scenario", "searched"]
-"""A point of the curve, the parent, what a scenario's child is made from, or what its search found where refinement changed it."""
+"""A point of the curve, the parent, what a scenario's child is made from, or what its search first found."""
 _FARTHEST = 16.0
 """A model that is this many times as fast, or as small, has hardly a layer left; curves end there."""
 
@@ -84,7 +84,7 @@ def predict_frontier(
         costs: of the target.
         parent_block: the parent's own block.
         solutions: scenario -> what its child is made from, on this target.
-        searched: scenario -> what its search found, where a refinement made another child of it.
+        searched: scenario -> what its search found, where a refinement or a trial made another child of it.
         num_points: of each curve, in even ratios from the parent to the best value that any choice reaches.
         time_limit_s: for each program.
         progress: told the points done, quantity by quantity.

@@ -15,7 +15,7 @@ HEADING = "## The schema\n"
 _ROW = re.compile(r"\| `(\w+)` \| (\w+(?:\[\])?|\?) \| (.*) \|")
 
 UNKNOWN = "?"
-OPTIONAL = ("load_curve", "speculation")
+OPTIONAL = ("load_curve", "speculation", "trial")
 """Tables that only those profiles have that ask for them."""
 
 Schema = dict[str, dict[str, str]]

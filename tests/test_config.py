@@ -306,7 +306,7 @@ def test_the_examples_of_the_documentation_are_valid(tmp_path):
     for part in of_profiles:
         profile = yaml.safe_load((CONF / "profiles" / "tiny.yaml").read_text())
         Profile.model_validate({**profile, "name": "mine", **yaml.safe_load(part)})
-    assert len(of_profiles) == 3
+    assert len(of_profiles) == 4
     for part in (part for part in parts if part not in of_profiles):
         options = part.splitlines() if part.startswith("objective") else [part]
         base = {"version": 1, "target": "cpu-prefill", "uptrain": {"tokens": 0}, "constraints": {"latency_s": {"at_most": 1.0}}}

@@ -13,6 +13,7 @@ from typing import Literal
 import highspy
 import numpy as np
 
+from puzzle_dag.search.highs import make_highs
 from puzzle_dag.search.program import Floats, Indices, Matrix, Outcome, Program, Row, SolverError, drop_dominated, row_scale
 
 _TOLERANCE = 1e-9
@@ -20,7 +21,6 @@ _FIRST_ITEMS_PER_LAYER = 1.6
 _MOST_EXACT_CUTS = 200
 _MOST_RESCALING = 8.0
 _OPTIONS = {
-    "output_flag": False,
     "threads": 1,  # more threads, and the answer among equals may change from run to run
     "random_seed": 0,
     "mip_rel_gap": 0.0,
@@ -190,7 +190,7 @@ def least_total(program: Program, costs: Floats) -> float:
 
 
 def _start(model: highspy.HighsLp) -> highspy.Highs:
-    solver = highspy.Highs()
+    solver = make_highs()
     for name, value in _OPTIONS.items():
         solver.setOptionValue(name, value)
     solver.passModel(model)

@@ -1,6 +1,6 @@
 """A program, not a test: serve checkpoints with stock vLLM and write its tokens and logits.
 
-python vllm_logits.py JOBS.json OUT.pt    JOBS: [{"folder", "prompts": [[token, ...], ...], "num_new", "options": {...}, "stock"}]
+    python vllm_logits.py JOBS.json OUT.pt    JOBS: [{"folder", "prompts": [[token, ...], ...], "num_new", "options": {...}, "stock"}]
 """
 
 import gc

@@ -135,7 +135,9 @@ class PuzzleDagLayer(nn.Module):
         if "attention" not in skip:
             self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
             self.self_attn = (
-                LinearAttention(config) if "attention" in linear else GroupedQueryAttention(config, layer.num_key_value_heads, layer_index)
+                LinearAttention(config)
+                if "attention" in linear
+                else GroupedQueryAttention(config, layer.num_key_value_heads, layer_index)
             )
         if "mlp" not in skip:
             self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -30,7 +30,9 @@ def grade_items(model: nn.Module, tokenizer: Any, items: list[Item], *, items_pe
         width = max(map(len, rows))
         padded = torch.tensor([r + [0] * (width - len(r)) for r in rows])
         logp = functional.log_softmax(model(padded).logits.float(), -1)
-        scores = [float(logp[i, b - 1 : e - 1].gather(-1, padded[i, b:e, None]).sum()) for i, (b, e) in enumerate(spans)]
+        scores = [
+            float(logp[i, b - 1 : e - 1].gather(-1, padded[i, b:e, None]).sum()) for i, (b, e) in enumerate(spans)
+        ]
         num_choices = len(batch[0].choices)
         for k, item in enumerate(batch):
             s = scores[k * num_choices : (k + 1) * num_choices]

@@ -114,7 +114,7 @@ def put_child(workspace: Workspace) -> None:
 @pytest.fixture
 def plan() -> Any:
     shape = SimpleNamespace(num_key_value_heads=8, intermediate_size=768, num_hidden_layers=2)
-    return SimpleNamespace(profile=SimpleNamespace(name="tiny", scenarios=(NAME,)), shape=shape, chosen="solution")
+    return SimpleNamespace(profile=SimpleNamespace(name="tiny", scenarios=(NAME,)), shape=shape, solving=("solution",), chosen="solution")
 
 
 @pytest.fixture

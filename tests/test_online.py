@@ -125,7 +125,7 @@ def test_an_interrupted_curve_goes_on_and_reaches_the_tables(project: Project, o
 def test_the_page_of_queries_tells_of_both_tables(project: Project) -> None:
     told, words = query_page.read_page(query_page.PAGE.read_text())
     found = query_page.complete(query_page.read_database(project.workspace.database), told)
-    assert {name: told.get(name) for name in query_page.OPTIONAL} == {name: found[name] for name in OPT_IN}
+    assert {name: told.get(name) for name in OPT_IN} == {name: found[name] for name in OPT_IN}
     assert not [place for place, said in words.items() if place[0] in OPT_IN and said in ("", query_page.UNKNOWN)]
 
 

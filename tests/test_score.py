@@ -103,7 +103,9 @@ def test_a_copy_of_the_parents_variant_scores_nothing(parent: Parent, cache: Cac
     store = ArtifactStore(tmp_path / "copies")
     pieces.artifacts["attention/kv4"] = store.write_tensors("piece", digest_tensors(copied), copied, inputs=None)
     del pieces.parents["attention/kv4"]
-    scores = score_layer(parent, 1, SPACE, pieces, cache, ArtifactStore(tmp_path / "s"), activations_digest="x", compute_dtype="float32")
+    scores = score_layer(
+        parent, 1, SPACE, pieces, cache, ArtifactStore(tmp_path / "s"), activations_digest="x", compute_dtype="float32"
+    )
     own = next(s for s in scores if s.block == PARENT_BLOCK.name)
     assert own.kl < 1e-9
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import query_page
 import yaml
 from micro_project import Project
 from ticking_engine import TickingEngine
@@ -89,6 +90,9 @@ def test_rounds_are_told_in_tables_on_the_page_and_in_the_ui(project: Project) -
     asked = "SELECT round, verdict, is_answer, asked, measured_over_asked < 1, low <= measured, measured <= high FROM trial ORDER BY round"
     words = "at least 1.08 x the parent's"
     assert project.rows(asked) == [(0, "missed", False, words, True, True, True), (1, "met", True, words, False, True, True)]
+    schema, told_of = query_page.read_page(query_page.PAGE.read_text())
+    assert schema["trial"] == query_page.read_database(project.workspace.database)["trial"]
+    assert not [place for place, said in told_of.items() if place[0] == "trial" and said in ("", query_page.UNKNOWN)]
     page = (project.workspace.var / "reports" / f"{FAST}.html").read_text()
     assert "Tried on the engine before training" in page and "10.0 % slower than their costs say" in page
     told = metadata(project, FAST)

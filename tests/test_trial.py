@@ -17,12 +17,12 @@ from puzzle_dag.search.correction import (
     corrections_of_json,
     corrections_to_json,
     find_corrections,
-    shrink,
 )
 from puzzle_dag.search.solution import Solution
 from puzzle_dag.search.solve import solve_scenario
 from puzzle_dag.search.timed import MeasuredBound, measure_bound, timed_bounds
 from puzzle_dag.search.trial import Trial, Tried, as_asked, choose, trial_rows, trial_words, try_scenario
+from puzzle_dag.shrinkage import shrunk_share
 
 LAYERS = 6
 COSTS, SCORES = {"t": simple_costs(LAYERS, seconds=SECONDS)}, simple_table(LAYERS, TABLE)
@@ -95,10 +95,10 @@ def test_a_throughput_is_relative_to_the_parent_at_its_best_batch() -> None:
 
 @given(st.floats(-1, 1), st.floats(0, 1))
 def test_shrinking_never_turns_or_enlarges_an_effect(effect: float, error: float) -> None:
-    found = shrink(effect, error)
+    found = effect * shrunk_share(effect, error)
     assert found * effect >= 0 and abs(found) <= abs(effect)
     assert (found == 0) == (abs(effect) <= error or effect == 0) or abs(found) < 1e-9
-    assert shrink(effect, 0.0) == effect
+    assert shrunk_share(effect, 0.0) == (1.0 if effect else 0.0)
 
 
 @given(st.floats(0.5, 2.0))

@@ -21,6 +21,7 @@ from puzzle_dag.engine.jobs import EngineResult
 from puzzle_dag.engine.levelling import Levelling, decide_levelling, pool_noise
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.piece_costs import Phase
+from puzzle_dag.shrinkage import shrunk_share
 
 VERSION = 3
 _CONSTANT: Variant = ("constant", CONSTANT)
@@ -75,14 +76,14 @@ def _build_rows(
 def _find_mixing(counts: Vector, unlike: Vector, times: Vector) -> tuple[float, float]:
     """Return what a piece takes longer among unlike layers, and its standard error, in seconds; zeros without mixtures.
 
-    It is in every prediction of a child, and a few mixtures tell it poorly. So it counts by as much as it stands out of its own noise:
-    an estimate u with the standard error e as u * (1 - e^2 / u^2), and one within its error as nothing (James and Stein's shrinkage).
+    It is in every prediction of a child, and a few mixtures tell it poorly. So it counts by as much as it stands out of its own noise
+    (`shrunk_share`).
     """
     if not unlike.any():
         return 0.0, 0.0
     fit = fit_costs(np.hstack([counts, unlike[:, None]]), times)
     found_s, error_s = float(fit.seconds[-1]), float(fit.errors[-1])
-    share = max(0.0, 1.0 - (error_s / found_s) ** 2) if found_s > 0 else 0.0
+    share = shrunk_share(found_s, error_s)
     return share * found_s, share * error_s
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from puzzle_dag.config import Bound, Scenario
 from puzzle_dag.search.timed import MeasuredBound
+from puzzle_dag.shrinkage import shrunk_share
 
 _DIGITS = 6
 
@@ -21,8 +22,7 @@ Corrections = Mapping[int, float]
 def find_corrections(measured: Sequence[Sequence[MeasuredBound]], *, may_loosen: Collection[int]) -> dict[int, float]:
     """Return the corrections that children ask for, the mean of their logarithms.
 
-    A few engines tell it poorly, so it counts by as much as it stands out of its own noise: a mean u with the standard error e as
-    u * (1 - e^2 / u^2), and one within its error as nothing (James and Stein's shrinkage).
+    A few engines tell it poorly, so it counts by as much as it stands out of its own noise (`shrunk_share`).
 
     Args:
         measured: of each child its bounds.
@@ -33,15 +33,11 @@ def find_corrections(measured: Sequence[Sequence[MeasuredBound]], *, may_loosen:
         by_bound.setdefault(one.asked.index, []).append(one)
     corrections = {}
     for index, found in by_bound.items():
-        effect = shrink(statistics.fmean(m.slowdown for m in found), math.hypot(*(m.error for m in found)) / len(found))
+        mean = statistics.fmean(m.slowdown for m in found)
+        effect = mean * shrunk_share(mean, math.hypot(*(m.error for m in found)) / len(found))
         if effect and (index in may_loosen or found[0].asked.is_tightened(effect)):
             corrections[index] = math.exp(effect)
     return corrections
-
-
-def shrink(effect: float, error: float) -> float:
-    """Return an effect, smaller by as much as is noise; 0 where it is within its standard error."""
-    return 0.0 if abs(effect) <= error else effect * (1.0 - (error / effect) ** 2)
 
 
 def corrected_scenario(scenario: Scenario, corrections: Corrections) -> Scenario:

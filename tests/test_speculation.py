@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from puzzle_dag.architecture import Block
 from puzzle_dag.config import ParentSource, SpeculationSettings, Target
 from puzzle_dag.engine.int8 import INT8
-from puzzle_dag.model.checkpoint import child_config, save_checkpoint
+from puzzle_dag.model.checkpoint import child_config, load_checkpoint, save_checkpoint
 from puzzle_dag.model.modeling_puzzle_dag import PuzzleDagForCausalLM
 from puzzle_dag.model.parent import load_parent
 from puzzle_dag.serving import draft_worker, speculate
@@ -107,6 +108,27 @@ def test_an_engine_that_can_not_draft_is_quoted(twins: tuple[Path, Path], monkey
     install(monkeypatch, [result(2.0, [[1]]), {"error": "NotImplementedError: no drafts on abacuses"}])
     report = measure_speculation(*twins, PROMPTS, TARGET, SETTINGS)
     assert report.unsupported == "NotImplementedError: no drafts on abacuses" and report.batches == ()
+
+
+def test_a_child_that_would_hang_its_engine_is_told_without_one(
+    twins: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's CPU build drafts with one number of KV heads; it never returns where layers differ."""
+    parent = load_checkpoint(twins[0])
+    tokenizer = AutoTokenizer.from_pretrained(twins[0])
+    mixed = child_config(parent.config, (Block.parse("kv2/w128"), Block.parse("kv4/w128")))
+    save_checkpoint(PuzzleDagForCausalLM(mixed), tokenizer, tmp_path / "child")
+    monkeypatch.setattr(speculate, "_run", lambda *_: pytest.fail("an engine was started"))
+    report = measure_speculation(twins[0], tmp_path / "child", PROMPTS, TARGET, SETTINGS)
+    assert report.unsupported is not None and report.unsupported.startswith("its layers have 2 and 4 KV heads") and report.batches == ()
+
+
+def test_a_draft_engine_that_hangs_is_one_that_can_not(tmp_path: Path) -> None:
+    worker = SimpleNamespace(status=None, tail=lambda: "so much for that")
+    found = speculate._wait_for(tmp_path / "0.json", worker, {"draft": {}}, 0.0)  # type: ignore[arg-type]
+    assert found == {"error": "an engine took more than 0 s and was ended\nso much for that"}
+    with pytest.raises(SpeculationFailedError, match="took more than 0 s"):
+        speculate._wait_for(tmp_path / "0.json", worker, {"draft": None}, 0.0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

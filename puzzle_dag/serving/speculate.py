@@ -20,14 +20,16 @@ from puzzle_dag.engine.client import read_engine_version
 from puzzle_dag.engine.environment import engine_environment
 from puzzle_dag.engine.hardware import Hardware, check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineSettings
+from puzzle_dag.model.checkpoint import architecture_of
+from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.paired_ratio import estimate_ratio
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.serving.program import Program
 
-VERSION = 2
+VERSION = 3
 
-ENGINE_LIMIT_S = 1200.0
-"""Seconds that one engine may take: its start, compiling included, and all its generations."""
+ENGINE_LIMIT_S = {"eager": 300.0, "compiled": 1200.0}
+"""Mode -> seconds that one engine may take: its start, compiling included, and all its generations."""
 _POLL_S = 0.2
 
 
@@ -88,7 +90,7 @@ class SpeculationReport:
     batches: tuple[Speculation, ...]
     """One entry a batch size; empty where the engine can't."""
     unsupported: str | None
-    """The engine's own message where it can't run this child as a draft model; else None."""
+    """The engine's own message, or why, where it can't run this child as a draft model; else None."""
 
 
 def _job(
@@ -121,6 +123,24 @@ def _check(parent_folder: Path, child_folder: Path, prompts: Sequence[Sequence[i
         )
 
 
+def _find_refusal(child_folder: Path, hardware: Hardware) -> str | None:
+    """Return why no engine can draft with a child, or None: told now, it costs no engine that hangs.
+
+    vLLM 0.32 gives all attention layers of a draft model the metadata of its first one (`initialize_attn_backend` in
+    v1/spec_decode/llm_base_proposer.py). On CPUs these hold the number of KV heads, and with others the kernel never returns.
+    """
+    if hardware.kind != "cpu" or json.loads((child_folder / "config.json").read_text())["model_type"] != PuzzleDagConfig.model_type:
+        return None
+    blocks = architecture_of(PuzzleDagConfig.from_pretrained(child_folder))
+    heads = sorted({b.attention.kv_heads for b in blocks if b.attention.kind == "gqa"})
+    if len(heads) < 2:
+        return None
+    return (
+        f"its layers have {' and '.join(map(str, heads))} KV heads; vLLM's CPU build drafts with models whose attention layers all have "
+        "as many, and hangs with others."
+    )
+
+
 def _run(jobs: Sequence[dict[str, Any]], environment: Mapping[str, str], limit_s: float, progress: Progress) -> list[dict[str, Any]]:
     """Run engines in one worker and return their results, in order; the first draft engine's failure is the last result."""
     results: list[dict[str, Any]] = []
@@ -150,7 +170,10 @@ def _wait_for(path: Path, worker: Program, job: dict[str, Any], limit_s: float) 
                 return {"error": f"the engine's process ended with status {worker.status}\n{worker.tail()}"}
             raise SpeculationFailedError(f"the parent's engine ended with status {worker.status}\n{worker.tail()}")
         if time.monotonic() > end_s:
-            raise SpeculationFailedError(f"an engine took more than {limit_s:.0f} s and was ended\n{worker.tail()}")
+            told = f"an engine took more than {limit_s:.0f} s and was ended\n{worker.tail()}"
+            if job["draft"] is not None:  # nor is one that hangs
+                return {"error": told}
+            raise SpeculationFailedError(told)
         time.sleep(_POLL_S)
     content: dict[str, Any] = json.loads(path.read_text())
     return content
@@ -205,13 +228,13 @@ def measure_speculation(
         progress: called after each engine.
 
     Returns:
-        What was measured; where the engine can't run this child as a draft model, its own message in `unsupported`.
+        What was measured; where the engine can't run this child as a draft model, its own message, or why, in `unsupported`.
 
     Raises:
         SpeculationError: a folder is no checkpoint, or prompts and lengths don't fit.
         VllmMissingError: vLLM is not installed.
         HardwareMismatchError: the target is for other hardware.
-        SpeculationFailedError: the parent's own engine failed, an engine hung, or nothing was drafted.
+        SpeculationFailedError: the parent's own engine failed or hung, a draft model's did after a turn, or nothing was drafted.
     """
     _check(parent_folder, child_folder, prompts, settings)
     version, hardware = read_engine_version(), detect_hardware()
@@ -223,8 +246,10 @@ def measure_speculation(
         "draft_tensor_parallel_size": target.tensor_parallel_size,
     }
     turn = [_job(parent_folder, d, prompts, target, settings) for d in (None, draft)]
-    results = _run(turn * settings.turns, _environment(hardware, target), ENGINE_LIMIT_S, progress)
-    error = results[-1].get("error")
+    error, results = _find_refusal(child_folder, hardware), list[dict[str, Any]]()
+    if error is None:
+        results = _run(turn * settings.turns, _environment(hardware, target), ENGINE_LIMIT_S[target.mode], progress)
+        error = results[-1].get("error")
     batches = () if error else tuple(_summarise(b, results[::2], results[1::2]) for b in settings.batch_sizes)
     return SpeculationReport(
         target=target.name,

@@ -7,14 +7,13 @@ repeats differ by (relative standard deviation), as measured and levelled by the
 """
 
 import argparse
-import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 from puzzle_dag.architecture import Block
 from puzzle_dag.config import read_profile, read_target
-from puzzle_dag.costs.probes import serving_config
+from puzzle_dag.costs.measure import plain_config
 from puzzle_dag.engine.client import run_engines
 from puzzle_dag.engine.jobs import BatchTimes, EngineJob, EngineSettings, Workload
 from puzzle_dag.lease import lease_device
@@ -67,7 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     profile, target = read_profile(args.root / "conf", args.profile), read_target(args.root / "conf", args.target)
     shape = read_parent_shape(profile.parent, args.root)
     parent = (Block.parse(f"kv{shape.num_key_value_heads}/w{shape.intermediate_size}"),) * shape.num_hidden_layers
-    config = json.loads(json.dumps(serving_config(shape, parent)))
+    config = plain_config(shape, parent)
     workload = replace(Workload.of(target), repeats=_TRIAL_REPEATS)
     job = EngineJob(name="trial", config=config, settings=EngineSettings.of(target), workload=workload)
     with lease_device(args.root):

@@ -33,7 +33,7 @@ class Reference:
 
 
 CPU_REFERENCE = Reference(1024, 384, 768, 60)
-"""36 GFLOP: about 0.1 s of two shared cores with AMX. Small enough for the caches, as the layers of a small parent are."""
+"""36 GFLOP: about 0.1 s of two shared cores without AMX. Small enough for the caches, as the layers of a small parent are."""
 GPU_REFERENCE = Reference(4096, 4096, 4096, 32)
 """4.4 TFLOP, some milliseconds at published peaks, in 100 MB, which the engine's own `device_bytes` then has, too."""
 
@@ -42,9 +42,10 @@ def time_products(work: Reference, device: "torch.device", dtype: "torch.dtype")
     """Return the seconds that a piece of work takes on a device. One product goes before, untimed: it readies the library."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)  # of its own: the engine's random numbers stay as they were
-    activation = torch.randn(work.rows, work.inner, generator=generator).to(device, dtype)
-    weight = torch.randn(work.columns, work.inner, generator=generator).to(device, dtype)
+    # Its own: the engine's random numbers stay as they were. On the device: this stands between any two timed generations.
+    generator = torch.Generator(device).manual_seed(0)
+    activation = torch.randn(work.rows, work.inner, generator=generator, device=device, dtype=dtype)
+    weight = torch.randn(work.columns, work.inner, generator=generator, device=device, dtype=dtype)
 
     def wait() -> None:
         if device.type == "cuda":

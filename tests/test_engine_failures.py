@@ -27,8 +27,17 @@ def import_engine():
 def find_refusal(jobs):
     return "head_dim is 30; 32 and 64 are done" if jobs[0].name.startswith("refused") else None
 
-def measure(job, channel):
+class Engine:
+    def __init__(self, name):
+        self.name = name
+
+    def __del__(self):
+        with open(os.environ["TRIES"] + "-freed", "a") as f:
+            f.write(f"{self.name}\\n")
+
+def measure(job, channel, engines):
     kind = job.name.split("-")[0]
+    engines.append(Engine(job.name))
     with open(os.environ["TRIES"], "a") as f:
         f.write(f"{job.name} {os.getpid()} {os.getppid()}\\n")
     print(f"this is the log of {job.name}", flush=True)
@@ -100,6 +109,13 @@ def test_forks_share_a_worker_and_a_process_each_shares_nothing(tries):
     alone = tries()[len(forked) :]
     assert [job for job, *_ in alone] == ["c", "d"] and len({process for _, process, _ in alone}) == 2
     assert len({parent for *_, parent in alone}) == 1, "both were started by this process, not by a worker"
+
+
+def test_a_fork_ends_without_freeing_its_engine(tries, tmp_path):
+    run_engines(make_jobs("a", "b"), silence_limit_s=60.0)
+    assert not (tmp_path / "tries-freed").exists(), "vLLM's collections of the heap take longer than a small engine's start"
+    run_engines(make_jobs("c"), silence_limit_s=60.0, process_each=True)
+    assert (tmp_path / "tries-freed").read_text() == "c\n", "a worker of its own ends its engine as any program does"
 
 
 def test_a_process_each_survives_what_crashes_the_worker(tries, tmp_path):

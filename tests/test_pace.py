@@ -99,12 +99,27 @@ def largest_error(table: CostTable) -> float:
 
 def test_the_reference_is_work_of_a_fixed_size_that_takes_time():
     assert 3e10 < CPU_REFERENCE.flops < 4e10 and 2e12 < GPU_REFERENCE.flops < 1e13
-    small, device = Reference(64, 32, 64, 10), torch.device("cpu")
+    small, device = Reference(64, 32, 64, num_products=10, portion=10), torch.device("cpu")
     state = torch.random.get_rng_state()
     few = min(time_products(small, device, torch.bfloat16) for _ in range(5))
     many = min(time_products(dataclasses.replace(small, num_products=2000), device, torch.bfloat16) for _ in range(5))
     assert 0 < 20 * few < many, "two hundred times the products"
     assert torch.equal(torch.random.get_rng_state(), state), "an engine's random numbers are not touched"
+
+
+@pytest.mark.parametrize(("product_s", "num_done"), [(0.001, 30), (0.0045, 10), (0.02, 5)])
+def test_a_slow_machine_works_on_a_part_of_the_reference_and_tells_the_seconds_of_all(monkeypatch, product_s, num_done):
+    clock, linear = [0.0], torch.nn.functional.linear
+
+    def slow(activation, weight):
+        clock[0] += product_s
+        return linear(activation, weight)
+
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.nn.functional, "linear", slow)
+    work = Reference(8, 4, 8, num_products=30, portion=5)
+    assert time_products(work, torch.device("cpu"), torch.float32) == pytest.approx(30 * product_s)
+    assert clock[0] == pytest.approx((num_done + 1) * product_s), "one product readies the library"
 
 
 def test_the_reference_runs_on_each_worker_and_the_slowest_counts(monkeypatch):

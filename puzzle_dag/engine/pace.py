@@ -24,7 +24,9 @@ class Reference:
     columns: int
     """Width of the result."""
     num_products: int
-    """How often it is done."""
+    """How often it is done: what the seconds are told for."""
+    portion: int
+    """Products between two looks at the clock; a slow machine does so many only, and what they took is scaled to all."""
 
     @property
     def flops(self) -> float:
@@ -32,14 +34,19 @@ class Reference:
         return 2.0 * self.rows * self.inner * self.columns * self.num_products
 
 
-CPU_REFERENCE = Reference(1024, 384, 768, 60)
+ENOUGH_S = 0.03
+"""How long a machine works on its reference before what is left is reckoned: longer would cost more than the engines that it is for."""
+CPU_REFERENCE = Reference(1024, 384, 768, num_products=60, portion=10)
 """36 GFLOP: about 0.1 s of two shared cores without AMX. Small enough for the caches, as the layers of a small parent are."""
-GPU_REFERENCE = Reference(4096, 4096, 4096, 32)
+GPU_REFERENCE = Reference(4096, 4096, 4096, num_products=32, portion=32)
 """4.4 TFLOP, some milliseconds at published peaks, in 100 MB, which the engine's own `device_bytes` then has, too."""
 
 
 def time_products(work: Reference, device: "torch.device", dtype: "torch.dtype") -> float:
-    """Return the seconds that a piece of work takes on a device. One product goes before, untimed: it readies the library."""
+    """Return the seconds that a piece of work takes on a device, by as many portions of it as take `ENOUGH_S`, or by all.
+
+    One product goes before, untimed: it readies the library.
+    """
     import torch
 
     # Its own: the engine's random numbers stay as they were. On the device: this stands between any two timed generations.
@@ -54,11 +61,13 @@ def time_products(work: Reference, device: "torch.device", dtype: "torch.dtype")
     with torch.inference_mode():
         torch.nn.functional.linear(activation, weight)
         wait()
-        start = time.perf_counter()
-        for _ in range(work.num_products):
-            torch.nn.functional.linear(activation, weight)
-        wait()
-        return time.perf_counter() - start
+        start, num_done, seconds = time.perf_counter(), 0, 0.0
+        while num_done < work.num_products and seconds < ENOUGH_S:
+            for _ in range(work.portion):
+                torch.nn.functional.linear(activation, weight)
+            wait()
+            num_done, seconds = num_done + work.portion, time.perf_counter() - start
+        return seconds * work.num_products / num_done
 
 
 def time_reference(worker: Any) -> float:

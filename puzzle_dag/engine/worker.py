@@ -153,13 +153,15 @@ def _time_batches(llm: Any, job: EngineJob, vocab_size: int, channel: int) -> li
     return [BatchTimes(batch, *zip(*repeats, strict=True)) for batch, repeats in seconds.items()]
 
 
-def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
+def _measure(job: EngineJob, channel: int, engines: list[Any]) -> dict[str, Any]:
+    """Return what one engine took, and leave it in `engines`: freeing an engine takes longer than starting a small one."""
     settings = job.settings
     with tempfile.TemporaryDirectory(prefix="puzzle-dag-engine-") as scratch:
         folder, config = _read_config(job, Path(scratch))
         kv_cache_bytes = size_kv_cache(config, job.workload, settings) if job.memory_share is None else None
         start = time.perf_counter()
         llm = _start_engine(job, folder, kv_cache_bytes)
+        engines.append(llm)
         start_s = time.perf_counter() - start
         _send(channel, "alive", name=job.name)
         check_precision(llm, settings)
@@ -187,10 +189,10 @@ def _measure(job: EngineJob, channel: int) -> dict[str, Any]:
     }
 
 
-def _run(job: EngineJob, channel: int) -> int:
-    """Run one job in this process and send its "result" or "failed"; return the status to exit with."""
+def _run(job: EngineJob, channel: int, engines: list[Any]) -> int:
+    """Run one job in this process and send its "result" or "failed"; return the status to exit with. Its engine stays in `engines`."""
     try:
-        _send(channel, "result", result=_measure(job, channel))
+        _send(channel, "result", result=_measure(job, channel, engines))
     except Exception:
         traceback.print_exc()
         _send(channel, "failed", name=job.name, reason=traceback.format_exc(limit=-3))
@@ -205,7 +207,7 @@ def _run_forked(job: EngineJob, channel: int, log: Path | None = None) -> None:
     """Run one job in a fork, with a log of its own; whatever becomes of the fork, exactly one "result" or "failed" event is sent."""
     process = os.fork()
     if process == 0:
-        status = 1
+        status, engines = 1, list[Any]()  # alive until the process ends, which tears nothing down
         try:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _follow_parent(signal.SIGKILL)
@@ -213,7 +215,7 @@ def _run_forked(job: EngineJob, channel: int, log: Path | None = None) -> None:
                 own = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
                 os.dup2(own, sys.stdout.fileno())
                 os.dup2(own, sys.stderr.fileno())
-            status = _run(job, channel)
+            status = _run(job, channel, engines)
         finally:
             os._exit(status)
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
@@ -274,7 +276,7 @@ def main(arguments: list[str]) -> None:
     for job in jobs:
         _send(channel, "start", name=job.name)
         if alone:
-            _run(job, channel)
+            _run(job, channel, [])
         else:
             _run_forked(job, channel, log_path(path.parent, job.name))
 

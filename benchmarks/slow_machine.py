@@ -1,0 +1,70 @@
+"""How long would the demo take where matrix products are slower? Runs all of it in float32, which this machine multiplies at a fraction of the rate.
+
+    python -m benchmarks.slow_machine --folder /somewhere/empty
+
+Copies conf/ into the folder with every `dtype` set to float32, runs `python -m assets demo` there in a process of its own, and prints
+the rates of both types, at a large square and at the shape of the parent's layers, beside the demo's own table and the time of the
+whole. float32 also moves twice the bytes, so a machine of that rate in bfloat16 would rather be quicker.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from puzzle_dag.engine.hardware import measure_matmul_rate
+from puzzle_dag.engine.pace import CPU_REFERENCE, time_products
+from puzzle_dag.lease import lease_device
+from puzzle_dag.report.tables import format_seconds
+
+_TRIES = 20
+
+
+def rates(dtype: torch.dtype) -> tuple[float, float]:
+    """Return the flop/s of products of 2048 x 2048 x 2048, and of the layers' shapes: the fastest of several."""
+    shortest_s = min(time_products(CPU_REFERENCE, torch.device("cpu"), dtype) for _ in range(_TRIES))
+    return measure_matmul_rate(dtype), CPU_REFERENCE.flops / shortest_s
+
+
+def copy_in_float32(root: Path, folder: Path) -> int:
+    """Copy what a demo reads into an empty folder, with float32 wherever conf/ says a dtype. Return how often it did."""
+    shutil.copytree(root / "conf", folder / "conf")
+    (folder / "parents").symlink_to((root / "parents").resolve())
+    num_changed = 0
+    for path in (folder / "conf").rglob("*.yaml"):
+        text = path.read_text()
+        num_changed += text.count("dtype: bfloat16")
+        path.write_text(text.replace("dtype: bfloat16", "dtype: float32"))
+    return num_changed
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the rates, run the demo, print how long it took."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path(), help="the project's root")
+    parser.add_argument("--folder", type=Path, required=True, help="an empty or new folder for what the demo makes, some GB")
+    parser.add_argument("--profile", default="tiny")
+    args = parser.parse_args(arguments)
+    root, folder = args.root.resolve(), args.folder.resolve()
+    if folder.exists() and any(folder.iterdir()):
+        parser.error(f"--folder {folder} is not empty: what was made before would be fresh; name another")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lease_device(root):
+        for dtype in (torch.bfloat16, torch.float32):
+            square, layers = rates(dtype)
+            print(f"{dtype}: {square / 1e9:.0f} GFLOP/s of 2048 x 2048 x 2048, {layers / 1e9:.0f} of the layers' shapes")
+    print(f"{copy_in_float32(root, folder)} times float32", flush=True)
+    environment = {**os.environ, "PUZZLE_DAG_ROOT": str(folder)}
+    start = time.perf_counter()
+    code = subprocess.call([sys.executable, "-m", "assets", "demo", "--profile", args.profile], cwd=root, env=environment)
+    print(f"the demo in float32, all of it: {format_seconds(time.perf_counter() - start)}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""How long would the demo take where matrix products are slower? Runs all of it in float32, which this machine multiplies at a fraction of the rate.
+"""How long would the demo take where products are slower? Runs it in float32, which is multiplied at a fraction of the rate.
 
     python -m benchmarks.slow_machine --folder /somewhere/empty
 

@@ -22,6 +22,7 @@ from assets.preflight import check_before
 from assets.roots import CONFIGURATION, Roots
 from assets.staleness import Item, Staleness
 from assets.watches import GATHERERS
+from puzzle_dag.engine.standby import find_standby
 from puzzle_dag.preflight import DiskFullError
 from resources.workspace import Workspace
 
@@ -294,4 +295,6 @@ def refresh(
     from assets.plan import make_plan
 
     plan = make_plan(root, profile)
-    return Refresh(plan, build_definitions(plan), instance, select=select, remake=remake, anew=anew, on_outcome=on_outcome).run(dry=dry)
+    wanted = Refresh(plan, build_definitions(plan), instance, select=select, remake=remake, anew=anew, on_outcome=on_outcome)
+    with find_standby().keep():
+        return wanted.run(dry=dry)

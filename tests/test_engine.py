@@ -413,7 +413,7 @@ def test_vllm_is_measured_compiled_with_an_engine_core_of_its_own(shape, tmp_pat
     [("return", "result", None), ("raise", "failed", "ValueError: head size 30"), ("crash", "failed", "was ended by SIGKILL")],
 )
 def test_each_engine_has_a_process_of_its_own(monkeypatch, what, event, reason):
-    def measure_made_up(job, channel):
+    def measure_made_up(job, channel, engines):
         if what == "raise":
             raise ValueError("head size 30")
         if what == "crash":

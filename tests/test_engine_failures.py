@@ -1,5 +1,7 @@
 """Workers that really crash, hang and run out of memory: the real worker and client, with made-up engines in them."""
 
+import os
+import signal
 import sys
 import textwrap
 from pathlib import Path
@@ -10,6 +12,7 @@ from puzzle_dag.engine import client, watchdog
 from puzzle_dag.engine.client import run_engines
 from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.jobs import EngineJob, EngineSettings, Workload
+from puzzle_dag.engine.standby import find_standby
 from puzzle_dag.engine.watchdog import EngineRefusedError, log_path
 
 SILENCE_S = 8.0
@@ -25,6 +28,9 @@ def import_engine():
     pass
 
 def find_refusal(jobs):
+    if jobs[0].name == "quits":
+        print("the worker says goodbye", flush=True)
+        os._exit(3)
     return "head_dim is 30; 32 and 64 are done" if jobs[0].name.startswith("refused") else None
 
 class Engine:
@@ -165,3 +171,61 @@ def test_results_say_when_and_with_what_they_were_measured(tries):
     (result,) = run_engines(make_jobs("good"), silence_limit_s=60.0)
     assert result.measured_at is not None and result.measured_at.endswith("+00:00")
     assert result.package is not None and result.package.startswith(client.read_package_version().split()[0])
+
+
+def find_workers(counted) -> list[int]:
+    return [int(parent) for *_, parent in counted]
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_while_standby_is_kept_one_worker_runs_all_that_is_asked_for(tries, tmp_path):
+    with find_standby().keep():
+        run_engines(make_jobs("a", "b"), silence_limit_s=60.0)
+        with find_standby().keep():
+            run_engines(make_jobs("c"), silence_limit_s=60.0)
+        with pytest.raises(EngineFailedError) as caught:
+            run_engines(make_jobs("crash", "d"), silence_limit_s=60.0, log_folder=tmp_path / "logs")
+        assert "this is the log of crash" in caught.value.failures[0].tail, "an engine's crash leaves the worker as it is"
+        run_engines(make_jobs("e"), silence_limit_s=60.0)
+        workers = set(find_workers(tries()))
+        assert [job for job, *_ in tries()] == ["a", "b", "c", "crash", "d", "crash", "e"] and len(workers) == 1
+        assert is_alive(*workers)
+    assert not is_alive(*workers), "it ends with the last who keeps it"
+    run_engines(make_jobs("f"), silence_limit_s=60.0)
+    run_engines(make_jobs("g"), silence_limit_s=60.0)
+    assert len(set(find_workers(tries()))) == 3 and not any(map(is_alive, find_workers(tries())))
+
+
+def test_a_worker_that_hung_or_died_is_on_standby_no_more(tries, tmp_path):
+    with find_standby().keep():
+        with pytest.raises(EngineFailedError, match="silent for"):
+            run_engines(make_jobs("hang", "a"), silence_limit_s=SILENCE_S, log_folder=tmp_path / "logs")
+        run_engines(make_jobs("b"), silence_limit_s=60.0)
+        waiting = find_workers(tries())[-1]
+        os.kill(waiting, signal.SIGKILL)
+        run_engines(make_jobs("c"), silence_limit_s=60.0)
+        assert [job for job, *_ in tries()][-2:] == ["b", "c"] and find_workers(tries())[-1] != waiting
+
+
+def test_a_worker_of_another_environment_does_not_stand_in(tries, monkeypatch):
+    with find_standby().keep():
+        run_engines(make_jobs("a"), silence_limit_s=60.0)
+        monkeypatch.setenv("OMP_SCHEDULE", "static")
+        run_engines(make_jobs("b"), silence_limit_s=60.0)
+        first, second = find_workers(tries())
+        assert first != second and not is_alive(first) and is_alive(second)
+
+
+def test_a_worker_on_standby_logs_beside_the_jobs_it_was_given(tries, tmp_path):
+    with find_standby().keep():
+        run_engines(make_jobs("a"), silence_limit_s=60.0)
+        with pytest.raises(EngineFailedError) as caught:
+            run_engines(make_jobs("quits"), silence_limit_s=60.0, log_folder=tmp_path / "logs")
+    assert "the worker says goodbye" in caught.value.failures[0].tail

@@ -1,30 +1,20 @@
-"""One worker process under watch: its events are read as they come, and it is ended when it falls silent.
+"""One worker under watch: its events are read as they come, and it is ended when it falls silent."""
 
-The worker leads a process group of its own, so that ending it ends every engine it started.
-"""
-
-import contextlib
 import json
-import os
 import re
-import selectors
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from puzzle_dag.engine.environment import engine_environment
 from puzzle_dag.engine.hardware import Hardware
 from puzzle_dag.engine.jobs import EngineJob
+from puzzle_dag.engine.process import WorkerProcess
+from puzzle_dag.engine.standby import find_standby
 
 _LOG_TAIL_LINES = 40
-_START_LIMIT_S = 300.0
-_EXIT_LIMIT_S = 20.0
-_ABORT_LIMIT_S = 5.0
-_GONE_LIMIT_S = 10.0
 
 
 class EngineRefusedError(ValueError):
@@ -37,7 +27,8 @@ def worker_command(jobs_path: Path, channel: int, *, forked: bool) -> list[str]:
     Args:
         jobs_path: JSON list of jobs; the engines' logs go into its folder.
         channel: file descriptor for events.
-        forked: each engine in a fork of the worker; otherwise in the worker itself, which then gets one job.
+        forked: each engine in a fork of the worker, which then reads paths of further files from its input; otherwise in
+            the worker itself, which gets one job.
     """
     return [sys.executable, "-m", "puzzle_dag.engine.worker", str(jobs_path), str(channel), "forked" if forked else "alone"]
 
@@ -64,44 +55,6 @@ def _build_environment(jobs: Sequence[EngineJob], hardware: Hardware) -> dict[st
     return environment
 
 
-def _read_events(channel: int, silence_limit_s: float) -> Iterator[dict[str, Any]]:
-    """Yield the worker's events until it closes its end. Raises TimeoutError when it is silent for too long.
-
-    Until the first event it imports vLLM, which on a cold disk or a busy machine takes longer than a small engine.
-    """
-    pending, limit_s = b"", max(silence_limit_s, _START_LIMIT_S)
-    with selectors.DefaultSelector() as selector:
-        selector.register(channel, selectors.EVENT_READ)
-        while True:
-            if not selector.select(limit_s):
-                raise TimeoutError(f"silent for {limit_s:.0f} s")
-            limit_s = silence_limit_s
-            chunk = os.read(channel, 1 << 16)
-            if not chunk:
-                return
-            *lines, pending = (pending + chunk).split(b"\n")
-            yield from (json.loads(line) for line in lines)
-
-
-def _ask_where(process: "subprocess.Popen[bytes]") -> None:
-    """Abort a group that hangs: Python's fault handler then writes into the logs where it stood."""
-    with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
-        os.killpg(process.pid, signal.SIGABRT)
-        process.wait(_ABORT_LIMIT_S)
-
-
-def _end_group(process: "subprocess.Popen[bytes]") -> None:
-    """End the worker and every process it started, and wait until they are gone: what still runs would disturb the next engine."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    end = time.monotonic() + _GONE_LIMIT_S
-    with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < end:
-            os.killpg(process.pid, 0)
-            time.sleep(0.05)
-
-
 class Attempt:
     """One worker process over some jobs; those that are left in `jobs` at its end gave no result."""
 
@@ -123,22 +76,10 @@ class Attempt:
         Raises:
             EngineRefusedError: the worker says that the engine can't run the jobs at all.
         """
-        read_end, write_end = os.pipe()
-        environment = _build_environment(list(self.jobs.values()), hardware)
-        with self.worker_log.open("wb") as log_file:
-            process = subprocess.Popen(
-                worker_command(self.jobs_path, write_end, forked=self.forked),
-                stdin=subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                env=environment,
-                pass_fds=(write_end,),
-                start_new_session=True,
-            )
-        os.close(write_end)
+        worker, waits = self._find_worker(hardware), False
         current = next(iter(self.jobs))
         try:
-            for event in _read_events(read_end, self.silence_limit_s):
+            for event in worker.read_events(self.silence_limit_s):
                 if event["event"] == "start":
                     current, self.was_ready = event["name"], True
                 elif event["event"] == "refused":
@@ -147,18 +88,30 @@ class Attempt:
                     take(self.jobs.pop(event["result"]["name"]), event["result"])
                 elif event["event"] == "failed":
                     self.failures[event["name"]] = event["reason"]
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_EXIT_LIMIT_S)  # its own status says more than the signal that ends what it left
+                elif event["event"] == "done":
+                    waits = find_standby().give_back(worker)
+                    break
+            if not waits:
+                worker.let_exit()
         except TimeoutError as error:
             self.was_silent = True
-            _ask_where(process)
+            worker.ask_where()
             self.failures[current] = f"the worker was {error} and was ended"
         finally:
-            os.close(read_end)
-            _end_group(process)
+            if not waits:
+                worker.end()
         if self.jobs and not self.failures:
             unexplained = current if current in self.jobs else next(iter(self.jobs))
-            self.failures[unexplained] = f"the worker {describe_status(process.returncode)}"
+            self.failures[unexplained] = f"the worker {describe_status(worker.status or 0)}"
+
+    def _find_worker(self, hardware: Hardware) -> WorkerProcess:
+        """Return a worker that was given the jobs: the one on standby, or a new one."""
+        environment = _build_environment(list(self.jobs.values()), hardware)
+        worker = find_standby().take(environment) if self.forked else None
+        if worker is not None:
+            worker.give(self.jobs_path)
+            return worker
+        return WorkerProcess(lambda channel: worker_command(self.jobs_path, channel, forked=self.forked), self.worker_log, environment)
 
 
 def describe_status(status: int) -> str:

@@ -1,10 +1,11 @@
 """The engine worker: a process that imports vLLM once and times one engine after another.
 
 Run as `python -m puzzle_dag.engine.worker JOBS.json FD forked`: events go to the file descriptor as JSON lines, vLLM's
-own output to stdout and stderr. Importing vLLM takes about 9 s, so it is imported once, and each engine runs in
-a fork of the process: it starts from the imported state, ends without tearing vLLM down (whose collections of
-the whole heap cost more than a small engine's start), leaks nothing into the next engine, and may crash alone.
-Each fork writes a log of its own beside JOBS.json. With `alone` in place of `forked`, one engine runs in the worker itself.
+own output to stdout and stderr. When all is done, it waits for the paths of further files on its input. Importing vLLM
+takes about 9 s, so it is imported once, and each engine runs in a fork of the process: it starts from the imported state,
+ends without tearing vLLM down (whose collections of the whole heap cost more than a small engine's start), leaks nothing
+into the next engine, and may crash alone. Each fork writes a log of its own beside JOBS.json. With `alone` in place of
+`forked`, one engine runs in the worker itself.
 """
 
 import ctypes
@@ -255,23 +256,21 @@ def _import_engine() -> None:
     importlib.import_module("vllm.plugins").load_general_plugins()
 
 
-def main(arguments: list[str]) -> None:
-    """Run the jobs in a file and send their events to a file descriptor: `worker JOBS.json FD forked|alone`."""
-    path, channel, alone = Path(arguments[0]), int(arguments[1]), arguments[2] == "alone"
+def _log_beside(path: Path) -> None:
+    """Let this process, which was started for another file of jobs, write its log beside this one."""
+    log = os.open(path.parent / "worker.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.close(log)
+
+
+def _run_all(path: Path, channel: int, *, alone: bool) -> None:
+    """Run the jobs in a file, unless the engine refuses them."""
     jobs = [EngineJob.from_json(j) for j in json.loads(path.read_text())]
-    os.set_inheritable(channel, False)
-    faulthandler.enable()  # a crash, and the signal that ends an engine that hangs, leave a traceback in the log
-    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
-    if os.getpgid(0) == os.getpid():  # started by the client: a killed client must not leave engines behind
-        signal.signal(signal.SIGTERM, _end_group)
-        _follow_parent(signal.SIGTERM)
-    _import_engine()
     refusal = _find_refusal(jobs)
     if refusal is not None:
         _send(channel, "refused", reason=refusal)
         return
-    gc.collect()
-    gc.freeze()
     _send(channel, "ready")
     for job in jobs:
         _send(channel, "start", name=job.name)
@@ -279,6 +278,29 @@ def main(arguments: list[str]) -> None:
             _run(job, channel, [])
         else:
             _run_forked(job, channel, log_path(path.parent, job.name))
+
+
+def main(arguments: list[str]) -> None:
+    """Run the jobs in a file and send their events to a file descriptor: `worker JOBS.json FD forked|alone`."""
+    path, channel, alone = Path(arguments[0]), int(arguments[1]), arguments[2] == "alone"
+    os.set_inheritable(channel, False)
+    faulthandler.enable()  # a crash, and the signal that ends an engine that hangs, leave a traceback in the log
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    if os.getpgid(0) == os.getpid():  # started by the client: a killed client must not leave engines behind
+        signal.signal(signal.SIGTERM, _end_group)
+        _follow_parent(signal.SIGTERM)
+    _import_engine()
+    gc.collect()
+    gc.freeze()
+    _run_all(path, channel, alone=alone)
+    if alone:
+        return
+    _send(channel, "done")
+    for line in sys.stdin:
+        further = Path(line.rstrip("\n"))
+        _log_beside(further)
+        _run_all(further, channel, alone=False)
+        _send(channel, "done")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from puzzle_dag.engine import client, watchdog
 from puzzle_dag.engine.client import run_engines
 from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.jobs import EngineJob, EngineSettings, Workload
+from puzzle_dag.engine.process import WorkerProcess
 from puzzle_dag.engine.standby import find_standby
 from puzzle_dag.engine.watchdog import EngineRefusedError, log_path
 
@@ -190,28 +191,35 @@ def test_while_standby_is_kept_one_worker_runs_all_that_is_asked_for(tries, tmp_
         run_engines(make_jobs("a", "b"), silence_limit_s=60.0)
         with find_standby().keep():
             run_engines(make_jobs("c"), silence_limit_s=60.0)
-        with pytest.raises(EngineFailedError) as caught:
-            run_engines(make_jobs("crash", "d"), silence_limit_s=60.0, log_folder=tmp_path / "logs")
-        assert "this is the log of crash" in caught.value.failures[0].tail, "an engine's crash leaves the worker as it is"
-        run_engines(make_jobs("e"), silence_limit_s=60.0)
+        run_engines(make_jobs("d"), silence_limit_s=60.0)
         workers = set(find_workers(tries()))
-        assert [job for job, *_ in tries()] == ["a", "b", "c", "crash", "d", "crash", "e"] and len(workers) == 1
-        assert is_alive(*workers)
+        assert [job for job, *_ in tries()] == ["a", "b", "c", "d"] and len(workers) == 1 and is_alive(*workers)
     assert not is_alive(*workers), "it ends with the last who keeps it"
     run_engines(make_jobs("f"), silence_limit_s=60.0)
     run_engines(make_jobs("g"), silence_limit_s=60.0)
     assert len(set(find_workers(tries()))) == 3 and not any(map(is_alive, find_workers(tries())))
 
 
-def test_a_worker_that_hung_or_died_is_on_standby_no_more(tries, tmp_path):
+def test_after_a_failure_a_worker_is_on_standby_no_more(tries, tmp_path):
     with find_standby().keep():
+        run_engines(make_jobs("a", "once", "b"), silence_limit_s=60.0)
+        first, *_, second = find_workers(tries())
+        assert first != second and not is_alive(first) and is_alive(second), "the second try was in another worker, which was sound"
         with pytest.raises(EngineFailedError, match="silent for"):
-            run_engines(make_jobs("hang", "a"), silence_limit_s=SILENCE_S, log_folder=tmp_path / "logs")
+            run_engines(make_jobs("hang", "c"), silence_limit_s=SILENCE_S, log_folder=tmp_path / "logs")
+        assert not any(map(is_alive, find_workers(tries())))
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_worker_that_died_on_standby_costs_no_job_a_try(tries, monkeypatch, is_noticed):
+    with find_standby().keep():
         run_engines(make_jobs("b"), silence_limit_s=60.0)
         waiting = find_workers(tries())[-1]
         os.kill(waiting, signal.SIGKILL)
-        run_engines(make_jobs("c"), silence_limit_s=60.0)
-        assert [job for job, *_ in tries()][-2:] == ["b", "c"] and find_workers(tries())[-1] != waiting
+        if not is_noticed:
+            monkeypatch.setattr(WorkerProcess, "status", None)
+        run_engines(make_jobs("c"), silence_limit_s=60.0, retry=False)
+        assert [job for job, *_ in tries()] == ["b", "c"] and find_workers(tries())[-1] != waiting
 
 
 def test_a_worker_of_another_environment_does_not_stand_in(tries, monkeypatch):

@@ -23,7 +23,7 @@ from puzzle_dag.costs.tabulate import Measurement, fit_table
 from puzzle_dag.engine import pace, worker
 from puzzle_dag.engine.jobs import BatchTimes, EngineJob, EngineResult, EngineSettings, Workload
 from puzzle_dag.engine.levelling import AS_MEASURED, decide_levelling, pool_noise
-from puzzle_dag.engine.pace import CPU_REFERENCE, GPU_REFERENCE, Reference, time_pace, time_products, time_reference
+from puzzle_dag.engine.pace import CPU_REFERENCE, GPU_REFERENCE, Reference, time_products
 from puzzle_dag.model.families import to_puzzle_dag_config
 
 PARENT = Block.parse("kv4/w128")
@@ -99,7 +99,7 @@ def largest_error(table: CostTable) -> float:
 
 def test_the_reference_is_work_of_a_fixed_size_that_takes_time():
     assert 3e10 < CPU_REFERENCE.flops < 4e10 and 2e12 < GPU_REFERENCE.flops < 1e13
-    small, device = Reference(64, 32, 64, num_products=10, portion=10), torch.device("cpu")
+    small, device = Reference(64, 32, 64, num_products=10), torch.device("cpu")
     state = torch.random.get_rng_state()
     few = min(time_products(small, device, torch.bfloat16) for _ in range(5))
     many = min(time_products(dataclasses.replace(small, num_products=2000), device, torch.bfloat16) for _ in range(5))
@@ -107,38 +107,66 @@ def test_the_reference_is_work_of_a_fixed_size_that_takes_time():
     assert torch.equal(torch.random.get_rng_state(), state), "an engine's random numbers are not touched"
 
 
-@pytest.mark.parametrize(("product_s", "num_done"), [(0.001, 30), (0.0045, 10), (0.02, 5)])
-def test_a_slow_machine_works_on_a_part_of_the_reference_and_tells_the_seconds_of_all(monkeypatch, product_s, num_done):
-    clock, linear = [0.0], torch.nn.functional.linear
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock on which a product takes `clock.product_s`, one that is disturbed `clock.stalls.pop()` more; `clock.num_products` counts."""
+    found, linear = SimpleNamespace(now=0.0, product_s=0.001, stalls=[], num_products=0), torch.nn.functional.linear
 
     def slow(activation, weight):
-        clock[0] += product_s
+        found.now += found.product_s + (found.stalls.pop() if found.stalls else 0.0)
+        found.num_products += 1
         return linear(activation, weight)
 
-    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: found.now)
     monkeypatch.setattr(torch.nn.functional, "linear", slow)
-    work = Reference(8, 4, 8, num_products=30, portion=5)
-    assert time_products(work, torch.device("cpu"), torch.float32) == pytest.approx(30 * product_s)
-    assert clock[0] == pytest.approx((num_done + 1) * product_s), "one product readies the library"
+    monkeypatch.setattr(pace, "CPU_REFERENCE", Reference(8, 4, 8, num_products=60))
+    return found
+
+
+def make_worker(kind: str = "cpu", dtype=torch.float32):
+    return SimpleNamespace(device=torch.device(kind), model_config=SimpleNamespace(dtype=dtype))
+
+
+def make_engine(*workers):
+    return SimpleNamespace(collective_rpc=lambda function, args=(): [function(w, *args) for w in workers])
+
+
+@pytest.mark.parametrize(("product_s", "num_done"), [(0.0002, 60), (0.0026, 12), (0.1, 1)])
+def test_a_machine_works_on_as_much_of_the_reference_as_is_enough_and_tells_the_seconds_of_all(clock, product_s, num_done):
+    clock.product_s = product_s
+    found = pace.Pace(make_engine(make_worker()))
+    before = clock.num_products
+    assert found.time() == pytest.approx(60 * product_s)
+    assert clock.num_products - before == num_done + 1, "one product readies the library"
+
+
+def test_how_much_is_enough_is_chosen_once_whatever_disturbs(clock):
+    clock.stalls = [0.5, 0.0, 0.0]
+    found = pace.Pace(make_engine(make_worker()))
+    counts, clock.stalls = [], [0.0, 0.01, 0.0, 0.0]
+    for _ in range(3):
+        before = clock.num_products
+        found.time()
+        counts.append(clock.num_products - before)
+    assert counts == [31, 31, 31]
 
 
 def test_the_reference_runs_on_each_worker_and_the_slowest_counts(monkeypatch):
     asked = []
 
-    def record(work, device, dtype):
-        asked.append((work, device.type, dtype))
+    def record(work, device, dtype, num_products):
+        asked.append((work, device.type, dtype, num_products))
         return 0.1 * len(asked)
 
     monkeypatch.setattr(pace, "time_products", record)
-    workers = [SimpleNamespace(device=torch.device(d), model_config=SimpleNamespace(dtype=torch.float16)) for d in ("cpu", "meta")]
-    assert time_pace(SimpleNamespace(collective_rpc=lambda f: [f(w) for w in workers])) == pytest.approx(0.2)
-    assert asked == [(CPU_REFERENCE, "cpu", torch.float16), (GPU_REFERENCE, "meta", torch.float16)]
-    assert time_reference(workers[0]) == pytest.approx(0.3)
+    monkeypatch.setattr(pace, "count_enough", lambda worker: 7 if worker.device.type == "cpu" else 9)
+    assert pace.Pace(make_engine(make_worker("cpu", torch.float16), make_worker("meta", torch.float16))).time() == pytest.approx(0.2)
+    assert asked == [(CPU_REFERENCE, "cpu", torch.float16, 9), (GPU_REFERENCE, "meta", torch.float16, 9)]
 
 
 def test_each_repeat_has_the_mean_of_the_references_beside_it(monkeypatch):
     ticks, done = iter(range(1, 100)), []
-    monkeypatch.setattr(worker, "time_pace", lambda llm: done.append("reference") or float(next(ticks)))
+    monkeypatch.setattr(worker, "Pace", lambda llm: SimpleNamespace(time=lambda: done.append("reference") or float(next(ticks))))
     monkeypatch.setattr(worker, "_generate", lambda llm, prompts, n: done.append(len(prompts)) or (1.0, 3.0))
     monkeypatch.setattr(worker, "_send", lambda *_, **__: None)
     workload = Workload(input_length=4, output_length=2, batch_sizes=(1, 2), repeats=2)

@@ -5,6 +5,7 @@ matrix products in the engine's own type and processes, so that what slows an en
 of device alone, never on the model: only then is it the same in all engines and sessions of a machine.
 """
 
+import math
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,6 @@ class Reference:
     """Width of the result."""
     num_products: int
     """How often it is done: what the seconds are told for."""
-    portion: int
-    """Products between two looks at the clock; a slow machine does so many only, and what they took is scaled to all."""
 
     @property
     def flops(self) -> float:
@@ -34,21 +33,28 @@ class Reference:
         return 2.0 * self.rows * self.inner * self.columns * self.num_products
 
 
-ENOUGH_S = 0.03
-"""How long a machine works on its reference before what is left is reckoned: longer would cost more than the engines that it is for."""
-CPU_REFERENCE = Reference(1024, 384, 768, num_products=60, portion=10)
+_ENOUGH_S = 0.03
+"""Where all of the reference takes longer, an engine does as many of its products as take so long, and scales what they took to
+all: the references of small engines would else take as long as what they stand beside."""
+_NUM_TRIES, _NUM_TRIED = 3, 10
+CPU_REFERENCE = Reference(1024, 384, 768, num_products=60)
 """36 GFLOP: about 0.1 s of two shared cores without AMX. Small enough for the caches, as the layers of a small parent are."""
-GPU_REFERENCE = Reference(4096, 4096, 4096, num_products=32, portion=32)
+GPU_REFERENCE = Reference(4096, 4096, 4096, num_products=32)
 """4.4 TFLOP, some milliseconds at published peaks, in 100 MB, which the engine's own `device_bytes` then has, too."""
 
 
-def time_products(work: Reference, device: "torch.device", dtype: "torch.dtype") -> float:
-    """Return the seconds that a piece of work takes on a device, by as many portions of it as take `ENOUGH_S`, or by all.
+def time_products(work: Reference, device: "torch.device", dtype: "torch.dtype", num_products: int | None = None) -> float:
+    """Return the seconds that a piece of work takes on a device. One product goes before, untimed: it readies the library.
 
-    One product goes before, untimed: it readies the library.
+    Args:
+        work: what the seconds are told for.
+        device: where it runs.
+        dtype: type of both operands.
+        num_products: how many are done, whose seconds are scaled to all of the work; all by default.
     """
     import torch
 
+    num_products = num_products or work.num_products
     # Its own: the engine's random numbers stay as they were. On the device: this stands between any two timed generations.
     generator = torch.Generator(device).manual_seed(0)
     activation = torch.randn(work.rows, work.inner, generator=generator, device=device, dtype=dtype)
@@ -61,21 +67,37 @@ def time_products(work: Reference, device: "torch.device", dtype: "torch.dtype")
     with torch.inference_mode():
         torch.nn.functional.linear(activation, weight)
         wait()
-        start, num_done, seconds = time.perf_counter(), 0, 0.0
-        while num_done < work.num_products and seconds < ENOUGH_S:
-            for _ in range(work.portion):
-                torch.nn.functional.linear(activation, weight)
-            wait()
-            num_done, seconds = num_done + work.portion, time.perf_counter() - start
-        return seconds * work.num_products / num_done
+        start = time.perf_counter()
+        for _ in range(num_products):
+            torch.nn.functional.linear(activation, weight)
+        wait()
+        return (time.perf_counter() - start) * work.num_products / num_products
 
 
-def time_reference(worker: Any) -> float:
-    """Return the seconds of the reference on a worker's own device, in the model's type; runs there."""
-    work = CPU_REFERENCE if worker.device.type == "cpu" else GPU_REFERENCE
-    return time_products(work, worker.device, worker.model_config.dtype)
+def _reference_of(worker: Any) -> Reference:
+    return CPU_REFERENCE if worker.device.type == "cpu" else GPU_REFERENCE
 
 
-def time_pace(llm: Any) -> float:
-    """Return the seconds of the reference in an engine: of its slowest worker, since a step waits for all."""
-    return float(max(llm.collective_rpc(time_reference)))
+def count_enough(worker: Any) -> int:
+    """Return how many products of the reference take `_ENOUGH_S` on a worker's own device, or all; runs there."""
+    work = _reference_of(worker)
+    all_s = min(time_products(work, worker.device, worker.model_config.dtype, _NUM_TRIED) for _ in range(_NUM_TRIES))
+    return min(work.num_products, math.ceil(work.num_products * _ENOUGH_S / all_s))
+
+
+def time_reference(worker: Any, num_products: int) -> float:
+    """Return the seconds of the reference on a worker's own device, in the model's type, by so many of its products; runs there."""
+    return time_products(_reference_of(worker), worker.device, worker.model_config.dtype, num_products)
+
+
+class Pace:
+    """The pace of an engine's machine. How much of the reference is done is chosen once, so that no slow moment has a say in it."""
+
+    def __init__(self, llm: Any) -> None:
+        """Choose how many products are enough, by the engine's fastest worker."""
+        self._llm = llm
+        self._num_products: int = max(llm.collective_rpc(count_enough))
+
+    def time(self) -> float:
+        """Return the seconds of the reference now: of the slowest worker, since a step waits for all."""
+        return float(max(self._llm.collective_rpc(time_reference, args=(self._num_products,))))

@@ -32,18 +32,24 @@ class WorkerProcess:
             environment: the process's own.
         """
         self.environment = dict(environment)
+        self._has_ended = False
         self._channel, write_end = os.pipe()
-        with log.open("wb") as log_file:
-            self._process = subprocess.Popen(
-                command(write_end),
-                stdin=subprocess.PIPE,
-                stdout=log_file,
-                stderr=log_file,
-                env=self.environment,
-                pass_fds=(write_end,),
-                start_new_session=True,
-            )
-        os.close(write_end)
+        try:
+            with log.open("wb") as log_file:
+                self._process = subprocess.Popen(
+                    command(write_end),
+                    stdin=subprocess.PIPE,
+                    stdout=log_file,
+                    stderr=log_file,
+                    env=self.environment,
+                    pass_fds=(write_end,),
+                    start_new_session=True,
+                )
+        except OSError:
+            os.close(self._channel)
+            raise
+        finally:
+            os.close(write_end)
 
     @property
     def status(self) -> int | None:
@@ -60,7 +66,7 @@ class WorkerProcess:
     def read_events(self, silence_limit_s: float) -> Iterator[dict[str, Any]]:
         """Yield the worker's events until it closes its end. Raises TimeoutError when it is silent for too long.
 
-        Until the first event it imports vLLM, which on a cold disk or a busy machine takes longer than a small engine.
+        Until its first event a new worker imports vLLM, which on a cold disk or a busy machine takes longer than a small engine.
         """
         pending, limit_s = b"", max(silence_limit_s, _START_LIMIT_S)
         with selectors.DefaultSelector() as selector:
@@ -89,6 +95,9 @@ class WorkerProcess:
 
     def end(self) -> None:
         """End the worker and every process it started, and wait until they are gone: what still runs would disturb the next engine."""
+        if self._has_ended:
+            return
+        self._has_ended = True
         self._close_input()
         os.close(self._channel)
         with contextlib.suppress(ProcessLookupError):

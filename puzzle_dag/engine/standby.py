@@ -31,7 +31,7 @@ class Standby:
                 while self._waiting:
                     self._waiting.pop().end()
 
-    def take(self, environment: Mapping[str, str]) -> WorkerProcess | None:
+    def find(self, environment: Mapping[str, str]) -> WorkerProcess | None:
         """Return the worker that waits, whose it then no longer is; None where there is none, or one of another environment.
 
         The other is ended, and so is one that died.

@@ -56,7 +56,7 @@ def _build_environment(jobs: Sequence[EngineJob], hardware: Hardware) -> dict[st
 
 
 class Attempt:
-    """One worker process over some jobs; those that are left in `jobs` at its end gave no result."""
+    """One worker over some jobs; those that are left in `jobs` at its end gave no result."""
 
     def __init__(self, jobs: Sequence[EngineJob], folder: Path, silence_limit_s: float, *, forked: bool) -> None:
         """Write the jobs into `folder`, which exists and will take the logs."""
@@ -69,49 +69,61 @@ class Attempt:
         self.failures: dict[str, str] = {}
         self.was_ready = False
         self.was_silent = False
+        self._current = next(iter(self.jobs))
 
     def run(self, take: Callable[[EngineJob, dict[str, Any]], None], hardware: Hardware) -> None:
-        """Run the worker to its end, handing each result to `take` as it comes; what failed or hung is in `failures`.
+        """Let a worker run the jobs, the one on standby or a new one, handing each result to `take` as it comes.
+
+        What failed or hung is in `failures`.
 
         Raises:
             EngineRefusedError: the worker says that the engine can't run the jobs at all.
         """
-        worker, waits = self._find_worker(hardware), False
-        current = next(iter(self.jobs))
+        environment = _build_environment(list(self.jobs.values()), hardware)
+        worker = find_standby().find(environment) if self.forked else None
+        if worker is not None:
+            worker.give(self.jobs_path)
+        if worker is None or not self._follow(worker, take):  # or it died while it waited, and tried none of the jobs
+            worker = WorkerProcess(lambda fd: worker_command(self.jobs_path, fd, forked=self.forked), self.worker_log, environment)
+            self._follow(worker, take)
+        if self.jobs and not self.failures:
+            unexplained = self._current if self._current in self.jobs else next(iter(self.jobs))
+            self.failures[unexplained] = f"the worker {describe_status(worker.status or 0)}"
+
+    def _follow(self, worker: WorkerProcess, take: Callable[[EngineJob, dict[str, Any]], None]) -> bool:
+        """Heed a worker's events until it is done; it is then on standby, or ended. Return False where it said nothing before it ended.
+
+        After a failure it is ended: what crashed may have left processes behind, and the second try is to be in another.
+        """
+        has_spoken = is_done = is_on_standby = False
         try:
             for event in worker.read_events(self.silence_limit_s):
-                if event["event"] == "start":
-                    current, self.was_ready = event["name"], True
-                elif event["event"] == "refused":
-                    raise EngineRefusedError(event["reason"])
-                elif event["event"] == "result":
-                    take(self.jobs.pop(event["result"]["name"]), event["result"])
-                elif event["event"] == "failed":
-                    self.failures[event["name"]] = event["reason"]
-                elif event["event"] == "done":
-                    waits = find_standby().give_back(worker)
+                has_spoken, is_done = True, event["event"] == "done"
+                if is_done:
                     break
-            if not waits:
+                self._heed(event, take)
+            if not is_done:
                 worker.let_exit()
+            elif not self.failures:
+                is_on_standby = find_standby().give_back(worker)
         except TimeoutError as error:
             self.was_silent = True
             worker.ask_where()
-            self.failures[current] = f"the worker was {error} and was ended"
+            self.failures[self._current] = f"the worker was {error} and was ended"
         finally:
-            if not waits:
+            if not is_on_standby:
                 worker.end()
-        if self.jobs and not self.failures:
-            unexplained = current if current in self.jobs else next(iter(self.jobs))
-            self.failures[unexplained] = f"the worker {describe_status(worker.status or 0)}"
+        return has_spoken or self.was_silent
 
-    def _find_worker(self, hardware: Hardware) -> WorkerProcess:
-        """Return a worker that was given the jobs: the one on standby, or a new one."""
-        environment = _build_environment(list(self.jobs.values()), hardware)
-        worker = find_standby().take(environment) if self.forked else None
-        if worker is not None:
-            worker.give(self.jobs_path)
-            return worker
-        return WorkerProcess(lambda channel: worker_command(self.jobs_path, channel, forked=self.forked), self.worker_log, environment)
+    def _heed(self, event: dict[str, Any], take: Callable[[EngineJob, dict[str, Any]], None]) -> None:
+        if event["event"] == "start":
+            self._current, self.was_ready = event["name"], True
+        elif event["event"] == "refused":
+            raise EngineRefusedError(event["reason"])
+        elif event["event"] == "result":
+            take(self.jobs.pop(event["result"]["name"]), event["result"])
+        elif event["event"] == "failed":
+            self.failures[event["name"]] = event["reason"]
 
 
 def describe_status(status: int) -> str:

@@ -36,7 +36,7 @@ from puzzle_dag.engine.inspection import (
 from puzzle_dag.engine.int8 import INT8, int8_config, prepare_checkpoint, quantization_argument
 from puzzle_dag.engine.jobs import BatchTimes, EngineJob, Workload
 from puzzle_dag.engine.kv_cache import count_capacity_tokens, size_kv_cache
-from puzzle_dag.engine.pace import time_pace
+from puzzle_dag.engine.pace import Pace
 from puzzle_dag.engine.watchdog import describe_status, log_path
 
 _MAX_PREFILL_TOKENS = 16_384
@@ -144,11 +144,12 @@ def _time_batches(llm: Any, job: EngineJob, vocab_size: int, channel: int) -> li
     for batch in workload.batch_sizes:
         _generate(llm, prompts[batch], min(workload.output_length, _WARM_UP_TOKENS))
     seconds: dict[int, list[tuple[float, float, float]]] = {batch: [] for batch in workload.batch_sizes}
-    after_s = time_pace(llm)
+    pace = Pace(llm)
+    after_s = pace.time()
     for _ in range(workload.repeats):
         for batch in workload.batch_sizes:
             prefill_s, total_s = _generate(llm, prompts[batch], workload.output_length)
-            before_s, after_s = after_s, time_pace(llm)
+            before_s, after_s = after_s, pace.time()
             seconds[batch].append((prefill_s, total_s, (before_s + after_s) / 2))
         _send(channel, "alive", name=job.name)
     return [BatchTimes(batch, *zip(*repeats, strict=True)) for batch, repeats in seconds.items()]
@@ -165,28 +166,33 @@ def _measure(job: EngineJob, channel: int, engines: list[Any]) -> dict[str, Any]
         engines.append(llm)
         start_s = time.perf_counter() - start
         _send(channel, "alive", name=job.name)
-        check_precision(llm, settings)
-        times = _time_batches(llm, job, config["vocab_size"], channel)
-        kv_bytes = sum(llm.collective_rpc(count_kv_bytes_per_token))
-        device_bytes = max(llm.collective_rpc(read_device_bytes))
-        peak_rss_bytes = max(*llm.collective_rpc(read_peak_rss_bytes), read_peak_rss_bytes(None))
-        cache, groups = llm.llm_engine.vllm_config.cache_config, llm.collective_rpc(list_group_block_tokens)[0]
-        if settings.multiprocess:
-            llm.llm_engine.engine_core.shutdown()
+        try:
+            measured = _measure_started(llm, job, config["vocab_size"], channel)
+        finally:
+            if settings.multiprocess or settings.tensor_parallel_size > 1:
+                # Processes of the engine's own outlive this one, and would hold the memory of the next engine.
+                llm.llm_engine.engine_core.shutdown()
         weight_bytes = None if job.folder is None else count_tensor_bytes(folder)
+    return {"name": job.name, **measured, "weight_bytes": weight_bytes, "kv_cache_bytes": kv_cache_bytes, "start_s": start_s}
+
+
+def _measure_started(llm: Any, job: EngineJob, vocab_size: int, channel: int) -> dict[str, Any]:
+    """Return what an engine that runs says of itself, after its precision was checked, and what it took."""
+    check_precision(llm, job.settings)
+    times = _time_batches(llm, job, vocab_size, channel)
+    kv_bytes = sum(llm.collective_rpc(count_kv_bytes_per_token))
+    device_bytes = max(llm.collective_rpc(read_device_bytes))
+    peak_rss_bytes = max(*llm.collective_rpc(read_peak_rss_bytes), read_peak_rss_bytes(None))
+    cache, groups = llm.llm_engine.vllm_config.cache_config, llm.collective_rpc(list_group_block_tokens)[0]
     return {
-        "name": job.name,
         "times": [asdict(t) for t in times],
-        "weight_bytes": weight_bytes,
         "kv_bytes_per_token": round(kv_bytes),
         "kv_capacity_tokens": count_capacity_tokens(cache.num_gpu_blocks or 0, groups, cache.block_size) if kv_bytes else 0,
         # None where a version of vLLM doesn't say it.
         "kv_concurrency": getattr(cache, "kv_cache_max_concurrency", None) if kv_bytes else None,
-        "kv_cache_bytes": kv_cache_bytes,
         "kv_block_tokens": cache.block_size,
         "device_bytes": round(device_bytes) or None,
         "peak_rss_bytes": round(peak_rss_bytes),
-        "start_s": start_s,
     }
 
 
@@ -204,6 +210,14 @@ def _run(job: EngineJob, channel: int, engines: list[Any]) -> int:
     return 0
 
 
+def _log_to(path: Path) -> None:
+    """Let all that this process writes from now on go into a file, written anew."""
+    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+    os.dup2(log, sys.stdout.fileno())
+    os.dup2(log, sys.stderr.fileno())
+    os.close(log)
+
+
 def _run_forked(job: EngineJob, channel: int, log: Path | None = None) -> None:
     """Run one job in a fork, with a log of its own; whatever becomes of the fork, exactly one "result" or "failed" event is sent."""
     process = os.fork()
@@ -212,10 +226,9 @@ def _run_forked(job: EngineJob, channel: int, log: Path | None = None) -> None:
         try:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _follow_parent(signal.SIGKILL)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())  # the files of further jobs are not the engine's to read
             if log is not None:
-                own = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                os.dup2(own, sys.stdout.fileno())
-                os.dup2(own, sys.stderr.fileno())
+                _log_to(log)
             status = _run(job, channel, engines)
         finally:
             os._exit(status)
@@ -256,14 +269,6 @@ def _import_engine() -> None:
     importlib.import_module("vllm.plugins").load_general_plugins()
 
 
-def _log_beside(path: Path) -> None:
-    """Let this process, which was started for another file of jobs, write its log beside this one."""
-    log = os.open(path.parent / "worker.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-    os.dup2(log, sys.stdout.fileno())
-    os.dup2(log, sys.stderr.fileno())
-    os.close(log)
-
-
 def _run_all(path: Path, channel: int, *, alone: bool) -> None:
     """Run the jobs in a file, unless the engine refuses them."""
     jobs = [EngineJob.from_json(j) for j in json.loads(path.read_text())]
@@ -298,7 +303,7 @@ def main(arguments: list[str]) -> None:
     _send(channel, "done")
     for line in sys.stdin:
         further = Path(line.rstrip("\n"))
-        _log_beside(further)
+        _log_to(further.parent / "worker.log")
         _run_all(further, channel, alone=False)
         _send(channel, "done")
 

@@ -43,6 +43,7 @@ _MAX_PREFILL_TOKENS = 16_384
 _WARM_UP_TOKENS = 4
 _PR_SET_PDEATHSIG = 1
 _REPORTED = 2
+_STDIN = 0
 
 
 def _send(channel: int, event: str, **content: Any) -> None:
@@ -226,7 +227,7 @@ def _run_forked(job: EngineJob, channel: int, log: Path | None = None) -> None:
         try:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             _follow_parent(signal.SIGKILL)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), sys.stdin.fileno())  # the files of further jobs are not the engine's to read
+            os.dup2(os.open(os.devnull, os.O_RDONLY), _STDIN)  # the files of further jobs are not the engine's to read
             if log is not None:
                 _log_to(log)
             status = _run(job, channel, engines)

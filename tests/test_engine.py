@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from running import is_running
 from transformers import AutoConfig
 
 from puzzle_dag.architecture import FFN, Attention, Block
@@ -54,14 +55,6 @@ def make_target(**changes) -> Target:
         "batch_sizes": (1, 2), "repeats": 2, "engines_per_probe": 1,
     }  # fmt: skip
     return Target(**{**fields, **changes})
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process is there and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def make_jobs(*names: str) -> list[EngineJob]:

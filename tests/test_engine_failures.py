@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from running import is_running
 
 from puzzle_dag.engine import client, watchdog
 from puzzle_dag.engine.client import run_engines
@@ -178,14 +179,6 @@ def find_workers(counted) -> list[int]:
     return [int(parent) for *_, parent in counted]
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_while_standby_is_kept_one_worker_runs_all_that_is_asked_for(tries, tmp_path):
     with find_standby().keep():
         run_engines(make_jobs("a", "b"), silence_limit_s=60.0)
@@ -193,21 +186,21 @@ def test_while_standby_is_kept_one_worker_runs_all_that_is_asked_for(tries, tmp_
             run_engines(make_jobs("c"), silence_limit_s=60.0)
         run_engines(make_jobs("d"), silence_limit_s=60.0)
         workers = set(find_workers(tries()))
-        assert [job for job, *_ in tries()] == ["a", "b", "c", "d"] and len(workers) == 1 and is_alive(*workers)
-    assert not is_alive(*workers), "it ends with the last who keeps it"
+        assert [job for job, *_ in tries()] == ["a", "b", "c", "d"] and len(workers) == 1 and is_running(*workers)
+    assert not is_running(*workers), "it ends with the last who keeps it"
     run_engines(make_jobs("f"), silence_limit_s=60.0)
     run_engines(make_jobs("g"), silence_limit_s=60.0)
-    assert len(set(find_workers(tries()))) == 3 and not any(map(is_alive, find_workers(tries())))
+    assert len(set(find_workers(tries()))) == 3 and not any(map(is_running, find_workers(tries())))
 
 
 def test_after_a_failure_a_worker_is_on_standby_no_more(tries, tmp_path):
     with find_standby().keep():
         run_engines(make_jobs("a", "once", "b"), silence_limit_s=60.0)
         first, *_, second = find_workers(tries())
-        assert first != second and not is_alive(first) and is_alive(second), "the second try was in another worker, which was sound"
+        assert first != second and not is_running(first) and is_running(second), "the second try was in another worker, which was sound"
         with pytest.raises(EngineFailedError, match="silent for"):
             run_engines(make_jobs("hang", "c"), silence_limit_s=SILENCE_S, log_folder=tmp_path / "logs")
-        assert not any(map(is_alive, find_workers(tries())))
+        assert not any(map(is_running, find_workers(tries())))
 
 
 @pytest.mark.parametrize("is_noticed", [True, False])
@@ -228,7 +221,7 @@ def test_a_worker_of_another_environment_does_not_stand_in(tries, monkeypatch):
         monkeypatch.setenv("OMP_SCHEDULE", "static")
         run_engines(make_jobs("b"), silence_limit_s=60.0)
         first, second = find_workers(tries())
-        assert first != second and not is_alive(first) and is_alive(second)
+        assert first != second and not is_running(first) and is_running(second)
 
 
 def test_a_worker_on_standby_logs_beside_the_jobs_it_was_given(tries, tmp_path):

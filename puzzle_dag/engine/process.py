@@ -20,6 +20,17 @@ _ABORT_LIMIT_S = 5.0
 _GONE_LIMIT_S = 10.0
 
 
+def wait_for_group(group: int, limit_s: float) -> None:
+    """Wait until no process of a group is left, so that its memory and ports are free when this returns; at most `limit_s` seconds."""
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        try:
+            os.killpg(group, 0)
+        except (ProcessLookupError, PermissionError):
+            return
+        time.sleep(0.05)
+
+
 class WorkerProcess:
     """One worker, from its start to its end. It may run one file of jobs after another (`give`)."""
 
@@ -103,11 +114,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        end = time.monotonic() + _GONE_LIMIT_S
-        with contextlib.suppress(ProcessLookupError):
-            while time.monotonic() < end:
-                os.killpg(self._process.pid, 0)
-                time.sleep(0.05)
+        wait_for_group(self._process.pid, _GONE_LIMIT_S)
 
     def _close_input(self) -> None:
         assert self._process.stdin is not None

@@ -5,13 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from puzzle_dag.engine.process import wait_for_group
+
 _LOG_TAIL_LINES = 40
 _GRACE_S = 15.0
+_GONE_LIMIT_S = 5.0
 
 
 class Program:
@@ -66,14 +68,4 @@ class Program:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._wait_for_group()
-
-    def _wait_for_group(self, limit_s: float = 5.0) -> None:
-        """Wait until no process of the group is left, so that its memory and port are free when this returns."""
-        end_s = time.monotonic() + limit_s
-        while time.monotonic() < end_s:
-            try:
-                os.killpg(self.process_group, 0)
-            except (ProcessLookupError, PermissionError):
-                return
-            time.sleep(0.05)
+        wait_for_group(self._process.pid, _GONE_LIMIT_S)

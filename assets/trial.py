@@ -21,10 +21,11 @@ from resources.workspace import Workspace
 
 if TYPE_CHECKING:
     from puzzle_dag.config import Scenario
+    from puzzle_dag.costs.trial import Role, Turns
     from puzzle_dag.search.solution import Solution
-    from puzzle_dag.search.timed import MeasuredBound
+    from puzzle_dag.search.timed import MeasuredBound, TimedBound
 
-_SHOWN = ("round", "target", "constraint", "batch", "asked", "solved_for", "predicted", "measured", "low", "high", "verdict")
+_SHOWN = ("round", "target", "constraint", "batch", "asked", "solved_for", "predicted", "measured", "low", "high", "num_turns", "verdict")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,33 +68,48 @@ class _Engines:
 
     def measure(self, solution: "Solution") -> "tuple[MeasuredBound, ...]":
         """Return the bounds on time as measured; what the store has isn't run again."""
-        from puzzle_dag.costs.trial import measure_in_turns
-        from puzzle_dag.search.timed import measure_bound, timed_bounds
+        from puzzle_dag.search.timed import timed_bounds
 
-        plan, question, parent = self._plan, self._question, parent_architecture(self._plan)
-        asked = timed_bounds(question.scenario, solution, question.costs, parent, self._targets)
-        turns = {}
-        for name in self._targets:
-            own = [bound for bound in asked if bound.target == name]
-            turns[name] = measure_in_turns(
-                plan.shape,
-                solution.architecture,
-                parent,
-                read_cost_table(self._workspace, name).target,
-                self._workspace.store,
-                child_batches=[bound.batch for bound in own],
-                parent_batches=[bound.parent_batch for bound in own if bound.parent_batch is not None],
-                turns=self._settings.turns,
-                repeats=self._settings.repeats,
-                remeasure=self._workspace.anew,
-                progress=ProgressLog(f"trial of {solution.scenario}"),
-            )
-            self.peak_bytes = max(self.peak_bytes, turns[name].peak_rss_bytes)
-        found = []
-        for bound in asked:
-            own_s, batch = turns[bound.target].child_s(bound.batch, bound.phase), bound.parent_batch
-            found.append(measure_bound(bound, own_s, None if batch is None else turns[bound.target].parent_s(batch, bound.phase)))
-        return tuple(found)
+        question = self._question
+        asked = timed_bounds(question.scenario, solution, question.costs, parent_architecture(self._plan), self._targets)
+        found = [m for name in self._targets for m in self._measure(solution, name, [bound for bound in asked if bound.target == name])]
+        return tuple(sorted(found, key=lambda m: m.asked.index))
+
+    def _measure(self, solution: "Solution", target: str, asked: "Sequence[TimedBound]") -> "list[MeasuredBound]":
+        from puzzle_dag.costs.trial import Timed, measure_in_turns
+        from puzzle_dag.search.timed import turns_wanted
+
+        settings = self._settings
+        models: dict[Role, Timed] = {"child": Timed(solution.architecture, [bound.batch for bound in asked])}
+        if batches := [bound.parent_batch for bound in asked if bound.parent_batch is not None]:
+            models["parent"] = Timed(parent_architecture(self._plan), batches)
+        turns = measure_in_turns(
+            self._plan.shape,
+            models,
+            read_cost_table(self._workspace, target).target,
+            self._workspace.store,
+            turns=settings.turns,
+            repeats=settings.repeats,
+            turns_wanted=lambda t: turns_wanted(_read(t, asked), settings.tolerance, settings.turns + settings.further_turns),
+            remeasure=self._workspace.anew,
+            progress=ProgressLog(f"trial of {solution.scenario}"),
+        )
+        self.peak_bytes = max(self.peak_bytes, turns.peak_rss_bytes)
+        return _read(turns, asked)
+
+
+def _read(turns: "Turns", asked: "Sequence[TimedBound]") -> "list[MeasuredBound]":
+    """Return what engines say of bounds on one target."""
+    from puzzle_dag.search.timed import measure_bound
+
+    return [
+        measure_bound(
+            bound,
+            turns.child_s(bound.batch, bound.phase),
+            None if bound.parent_batch is None else turns.parent_s(bound.parent_batch, bound.phase),
+        )
+        for bound in asked
+    ]
 
 
 def _searcher(plan: Plan, workspace: Workspace, question: Question) -> "Callable[[Scenario], Solution]":

@@ -1,10 +1,11 @@
 """How long would the demo take where products are slower? Runs it in float32, which is multiplied at a fraction of the rate.
 
-    python -m benchmarks.slow_machine --folder /somewhere/empty
+    python -m benchmarks.slow_machine --folder /somewhere/empty [--cores 1]
 
 Copies conf/ into the folder with every `dtype` set to float32, runs `python -m assets demo` there in a process of its own, and prints
 the rates of both types, at a large square and at the shape of the parent's layers, beside the demo's own table and the time of the
-whole. float32 also moves twice the bytes, so a machine of that rate in bfloat16 would rather be quicker.
+whole. float32 also moves twice the bytes, so a machine of that rate in bfloat16 would rather be quicker. With fewer cores everything else
+takes longer, too: an engine starts, and Python runs, on the core that multiplies.
 """
 
 import argparse
@@ -49,10 +50,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=Path(), help="the project's root")
     parser.add_argument("--folder", type=Path, required=True, help="an empty or new folder for what the demo makes, some GB")
     parser.add_argument("--profile", default="tiny")
+    parser.add_argument("--cores", type=int, help="how many of this machine's cores it may use; all where left out")
     args = parser.parse_args(arguments)
     root, folder = args.root.resolve(), args.folder.resolve()
     if folder.exists() and any(folder.iterdir()):
         parser.error(f"--folder {folder} is not empty: what was made before would be fresh; name another")
+    cores = sorted(os.sched_getaffinity(0))
+    if args.cores is not None:
+        if not 0 < args.cores <= len(cores):
+            parser.error(f"--cores {args.cores}: this machine has {len(cores)}; name 1 to {len(cores)}")
+        # Whatever is started from here on inherits it, engines included.
+        os.sched_setaffinity(0, cores[: args.cores])
+        torch.set_num_threads(args.cores)
     folder.mkdir(parents=True, exist_ok=True)
     with lease_device(root):
         for dtype in (torch.bfloat16, torch.float32):

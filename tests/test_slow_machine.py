@@ -26,3 +26,10 @@ def test_a_folder_in_which_something_was_made_before_is_refused(tmp_path, capsys
     with pytest.raises(SystemExit):
         main(["--folder", str(tmp_path)])
     assert f"--folder {tmp_path} is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cores", ["0", "100000"])
+def test_cores_that_are_not_there_are_refused(tmp_path, capsys, cores):
+    with pytest.raises(SystemExit):
+        main(["--folder", str(tmp_path / "new"), "--cores", cores])
+    assert f"--cores {cores}: this machine has" in capsys.readouterr().err and not (tmp_path / "new").exists()

@@ -20,7 +20,7 @@ from puzzle_dag.search.correction import (
 )
 from puzzle_dag.search.solution import Solution
 from puzzle_dag.search.solve import solve_scenario
-from puzzle_dag.search.timed import MeasuredBound, measure_bound, timed_bounds
+from puzzle_dag.search.timed import MeasuredBound, measure_bound, timed_bounds, turns_wanted
 from puzzle_dag.search.trial import Trial, Tried, as_asked, choose, trial_rows, trial_words, try_scenario
 from puzzle_dag.shrinkage import shrunk_share
 
@@ -183,6 +183,37 @@ def test_what_nothing_meets_keeps_what_there_is() -> None:
     assert len(trial.tried) == 1 and trial.answer is trial.tried[0]
     assert "nothing meets it" in trial.ended and "can't be met" in trial.ended
     assert "none of 1 children tried meets every bound on time within 2 %; this one misses one by" in trial_words(trial, hard, 0.02)
+
+
+@pytest.mark.parametrize(
+    ("slowdown", "noise", "told"),
+    [
+        (1.0, (1.0, 1.01, 0.99, 1.0), True),  # half the tolerance and less
+        (1.0, (1.1, 0.93, 1.05, 0.96), False),  # met, missed and better are all in the interval
+        (1.5, (1.1, 0.93, 1.05, 0.96), True),  # missed, whatever the noise
+        (0.5, (1.1, 0.93, 1.05, 0.96), True),  # better than asked, likewise
+    ],
+)
+def test_noise_that_leaves_a_verdict_open_wants_further_turns(slowdown: float, noise: tuple[float, ...], told: bool) -> None:
+    (found,) = measure(FAST, solve(FAST), slowdown, noise=noise)
+    assert found.is_told(0.02) == told and found.num_turns == 4
+    assert turns_wanted([found], 0.02, 12) == (4 if told else 8), "at once no more than twice as many"
+    assert turns_wanted([found], 0.02, 5) == (4 if told else 5) and turns_wanted([found], 0.02, 4) == 4
+
+
+def test_turns_are_wanted_for_half_the_tolerance_and_for_the_bound_that_is_told_worst() -> None:
+    (found,) = measure(FAST, solve(FAST), 1.0)
+    open_, worse = (replace(found, error=error, low=0.5, high=2.0) for error in (0.011, 0.013))
+    assert turns_wanted([open_], 0.02, 12) == math.ceil(4 * 1.1**2) == 5
+    assert turns_wanted([open_, worse, found], 0.02, 12) == math.ceil(4 * 1.3**2) == 7
+    assert turns_wanted([worse], 0.0, 12) == 8, "no tolerance: as many as there may be, twice as many at once"
+
+
+def test_of_a_bound_with_two_sides_an_interval_over_both_tells_nothing() -> None:
+    exact = make_scenario({"latency_s": {"equals": 20.0, "within": 0.01}}, batch_sizes=[4])
+    (found,) = measure(exact, solve(exact), 1.0)
+    assert found.is_told(0.02)
+    assert not replace(found, error=0.2, low=14.0, measured=20.0, high=28.0).is_told(0.02), "met in the middle, missed at both ends"
 
 
 def test_it_ends_after_its_rounds() -> None:

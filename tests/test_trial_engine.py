@@ -1,6 +1,8 @@
 """Parent and child in turns: real vLLM with dummy weights, and which engines a made-up one is asked for."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ticking_engine import TickingEngine
@@ -8,7 +10,7 @@ from transformers import AutoConfig
 
 from puzzle_dag.architecture import Architecture, Block
 from puzzle_dag.config import Target
-from puzzle_dag.costs.trial import Turns, measure_in_turns
+from puzzle_dag.costs.trial import Role, Timed, Turns, measure_in_turns
 from puzzle_dag.engine.hardware import HardwareMismatchError, detect_hardware
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.model.families import to_puzzle_dag_config
@@ -27,11 +29,12 @@ def shape(micro_parent_folder: Path) -> PuzzleDagConfig:
 
 
 def measure(
-    shape: PuzzleDagConfig, store: ArtifactStore, child: Architecture = CHILD, *, parent_batches: tuple[int, ...] = (4, 2), **options: bool
+    shape: PuzzleDagConfig, store: ArtifactStore, child: Architecture = CHILD, *, parent_batches: tuple[int, ...] = (4, 2), **options: Any
 ) -> Turns:
-    return measure_in_turns(
-        shape, child, PARENT, TARGET, store, child_batches=[2, 2], parent_batches=parent_batches, turns=3, repeats=2, **options
-    )
+    models: dict[Role, Timed] = {"child": Timed(child, [2, 2])}
+    if parent_batches:
+        models["parent"] = Timed(PARENT, parent_batches)
+    return measure_in_turns(shape, models, TARGET, store, turns=3, repeats=2, **options)
 
 
 def test_real_engines_run_in_turns_and_only_once(shape: PuzzleDagConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +80,25 @@ def test_a_parent_counts_beside_one_child_only(shape: PuzzleDagConfig, engine: T
     assert len(engine.jobs) == 6
 
 
+def up_to(*wanted: int) -> Callable[[Turns], int]:
+    """Return what wants so many turns, one after the other; being asked once more fails the test."""
+    left = list(wanted)
+    return lambda _: left.pop(0)
+
+
+def test_further_turns_are_run_until_no_more_are_wanted(shape: PuzzleDagConfig, engine: TickingEngine, tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path)
+    few = measure(shape, store)
+    engine.jobs.clear()
+    more = measure(shape, store, turns_wanted=up_to(4, 6, 6))
+    assert [job.seed for job in engine.jobs] == [3, 3, 4, 4, 5, 5] and len({job.name for job in engine.jobs}) == 6
+    assert len(more.child) == len(more.parent) == 6 and more.child_s(2, "total")[:3] == few.child_s(2, "total")
+    engine.jobs.clear()
+    assert measure(shape, store, turns_wanted=up_to(6, 1)) == more and not engine.jobs, "what was run is in the store"
+    measure(shape, store, turns_wanted=up_to(5, 5), remeasure=True)
+    assert len(engine.jobs) == 10, "each engine once, also where turns are added"
+
+
 def test_without_a_relative_bound_the_parent_is_left_out(shape: PuzzleDagConfig, engine: TickingEngine, tmp_path: Path) -> None:
     turns = measure(shape, ArtifactStore(tmp_path), parent_batches=())
     assert len(engine.jobs) == 3 and turns.parent == () and len(turns.child_s(2, "decode")) == 3
@@ -85,5 +107,5 @@ def test_without_a_relative_bound_the_parent_is_left_out(shape: PuzzleDagConfig,
 def test_other_hardware_is_refused(shape: PuzzleDagConfig, engine: TickingEngine, tmp_path: Path) -> None:
     gpu = TARGET.model_copy(update={"hardware": "rtx4090"})
     with pytest.raises(HardwareMismatchError):
-        measure_in_turns(shape, CHILD, PARENT, gpu, ArtifactStore(tmp_path), child_batches=[2], parent_batches=[], turns=3, repeats=2)
+        measure_in_turns(shape, {"child": Timed(CHILD, [2])}, gpu, ArtifactStore(tmp_path), turns=3, repeats=2)
     assert not engine.jobs

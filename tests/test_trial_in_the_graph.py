@@ -87,9 +87,10 @@ def test_with_a_trial_the_child_meets_its_bound(project: Project, engine: Tickin
 
 
 def test_rounds_are_told_in_tables_on_the_page_and_in_the_ui(project: Project) -> None:
-    asked = "SELECT round, verdict, is_answer, asked, measured_over_asked < 1, low <= measured, measured <= high FROM trial ORDER BY round"
+    columns = "round, verdict, is_answer, asked, measured_over_asked < 1, low <= measured, measured <= high, num_turns"
+    asked = f"SELECT {columns} FROM trial ORDER BY round"
     words = "at least 1.08 x the parent's"
-    assert project.rows(asked) == [(0, "missed", False, words, True, True, True), (1, "met", True, words, False, True, True)]
+    assert project.rows(asked) == [(0, "missed", False, words, True, True, True, TURNS), (1, "met", True, words, False, True, True, TURNS)]
     schema, told_of = query_page.read_page(query_page.PAGE.read_text())
     assert schema["trial"] == query_page.read_database(project.workspace.database)["trial"]
     assert not [place for place, said in told_of.items() if place[0] == "trial" and said in ("", query_page.UNKNOWN)]
@@ -141,6 +142,15 @@ def test_a_trial_that_was_interrupted_goes_on(project: Project, engine: TickingE
 def test_remeasuring_replaces_what_is_stored(project: Project, engine: TickingEngine) -> None:
     project.refresh(anew=[f"trial[{FAST}]"])
     assert len(trial_jobs(engine)) == 4 * TURNS and project.refresh().ran == []
+
+
+def test_on_an_unsteady_machine_further_turns_are_run(project: Project, engine: TickingEngine) -> None:
+    engine.slowdown, engine.unsteadiness = 1.1, 0.05
+    project.edit(project.profile_file, trial={"turns": TURNS, "further_turns": 2, "repeats": 7})
+    record = project.refresh(anew=[f"trial[{FAST}]"])
+    turns = project.rows("SELECT num_turns FROM trial")
+    assert record.ok and (TURNS + 2,) in turns and len(trial_jobs(engine)) == 2 * sum(number for (number,) in turns)
+    assert metadata(project, FAST)["rounds"].count("num_turns") and project.refresh().ran == []
 
 
 def test_another_engine_tries_again_where_time_is_bounded(project: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,6 +208,7 @@ def test_settings_that_make_no_sense_are_refused(project: Project) -> None:
     for wrong, message in (
         ({"turns": 2}, "turns"),
         ({"repeats": 1}, "repeats"),
+        ({"further_turns": -1}, "further_turns"),
         ({"tolerance": 0.6}, "tolerance"),
         ({"round": 1}, "round"),
     ):

@@ -48,6 +48,8 @@ class TickingEngine:
     leased_root: Path | None = None
     slowdown: float = 1.0
     """How many times as long models take of which a layer differs from the parent's."""
+    unsteadiness: float = 0.0
+    """Share by which engines of such models are slower and faster by turns."""
     dies_after: int | None = None
     """Engines that run until one fails, as if the machine had been switched off; None where none fails."""
 
@@ -70,7 +72,7 @@ class TickingEngine:
             if self.dies_after is not None and len(self.jobs) >= self.dies_after:
                 raise RuntimeError("switched off")
             seconds, self.jobs = _layer_seconds(config), [*self.jobs, job]
-            slow = self.slowdown if config.get("per_layer_config") else 1.0
+            slow = self.slowdown * (1 + (-1) ** job.seed * self.unsteadiness) if config.get("per_layer_config") else 1.0
             times = tuple(
                 BatchTimes(b, (slow * (0.001 + seconds),) * 2, (slow * (0.002 + (2 + 0.1 * b + 0.001 * job.seed) * seconds),) * 2)
                 for b in job.workload.batch_sizes

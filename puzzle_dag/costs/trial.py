@@ -5,7 +5,7 @@ where the machine's pace explains what engines of the same model differ by, thei
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -28,8 +28,19 @@ TRIAL_KIND = "trial"
 """Kind of one engine's measurement in the artifact store."""
 
 Role = Literal["parent", "child"]
+_ROLES: tuple[Role, ...] = get_args(Role)  # in the order of running
 TrialPhase = Literal["prefill", "decode", "total"]
 _PHASES: tuple[TrialPhase, ...] = get_args(TrialPhase)
+
+
+@dataclass(frozen=True, slots=True)
+class Timed:
+    """A model, and what it is timed at."""
+
+    architecture: Architecture
+    """Its blocks."""
+    batches: Sequence[int]
+    """Batch sizes, one at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,15 +97,13 @@ class _Models:
 
 def measure_in_turns(
     shape: PuzzleDagConfig,
-    child: Architecture,
-    parent: Architecture,
+    models: Mapping[Role, Timed],
     target: Target,
     store: ArtifactStore,
     *,
-    child_batches: Sequence[int],
-    parent_batches: Sequence[int],
     turns: int,
     repeats: int,
+    turns_wanted: Callable[[Turns], int] = lambda _: 0,
     remeasure: bool = False,
     progress: Progress = silent,
 ) -> Turns:
@@ -104,16 +113,14 @@ def measure_in_turns(
 
     Args:
         shape: the parent's configuration.
-        child: the blocks of the child.
-        parent: those of the parent.
+        models: the child, and the parent where anything is relative to it.
         target: how they are served.
         store: where measurements are kept, one an engine.
-        child_batches: batch sizes that the child is timed at, one at least.
-        parent_batches: likewise the parent; none leaves it out.
         turns: engines of each.
         repeats: timed repeats an engine.
+        turns_wanted: asked after they ran how many it should be in all, and again until that is no more than there are.
         remeasure: run everything again, and replace what is stored.
-        progress: called after each engine.
+        progress: called after each engine; counts anew where further turns are wanted.
 
     Raises:
         VllmMissingError: vLLM is not installed.
@@ -126,20 +133,23 @@ def measure_in_turns(
     hardware, engine_version = detect_hardware(), read_engine_version()
     check_hardware(target, hardware)
     check_installed(target, engine_version)
-    wanted: dict[Role, tuple[Architecture, Sequence[int]]] = {"child": (child, child_batches)}
-    if parent_batches:
-        wanted = {"parent": (parent, parent_batches), **wanted}
-    models = _Models(
-        {role: plain_config(shape, architecture) for role, (architecture, _) in wanted.items()},
-        {role: _workload(target, batches, repeats) for role, (_, batches) in wanted.items()},
+    timed = _Models(
+        {role: plain_config(shape, models[role].architecture) for role in _ROLES if role in models},
+        {role: _workload(target, model.batches, repeats) for role, model in models.items()},
     )
-    jobs, inputs = models.plan(turns, EngineSettings.of(target), hardware, engine_version)
-    results = {} if remeasure else {key: found for key in inputs if (found := find_engine(TRIAL_KIND, key, store)) is not None}
-    missing = [job for job in jobs.values() if job.name not in results]
-    log.info("target %s: %d engines of a trial measured before, %d to run", target.name, len(results), len(missing))
-    results |= run_and_keep(TRIAL_KIND, missing, inputs, target, hardware, store, progress=progress)
-    measured = {role: tuple(results[jobs[role, turn].name] for turn in range(turns)) for role in models.configs}
-    return Turns(measured["child"], measured.get("parent", ()), decide_levelling(measured.values(), _PHASES))
+    results: dict[str, EngineResult] = {}
+    while True:
+        jobs, inputs = timed.plan(turns, EngineSettings.of(target), hardware, engine_version)
+        if not remeasure:
+            results |= {key: known for key in inputs if key not in results and (known := find_engine(TRIAL_KIND, key, store)) is not None}
+        missing = [job for job in jobs.values() if job.name not in results]
+        log.info("target %s, %d turns: %d engines of a trial to run", target.name, turns, len(missing))
+        results |= run_and_keep(TRIAL_KIND, missing, inputs, target, hardware, store, progress=progress)
+        measured = {role: tuple(results[jobs[role, turn].name] for turn in range(turns)) for role in timed.configs}
+        found = Turns(measured["child"], measured.get("parent", ()), decide_levelling(measured.values(), _PHASES))
+        if (wanted := turns_wanted(found)) <= turns:
+            return found
+        turns = wanted
 
 
 def _workload(target: Target, batches: Sequence[int], repeats: int) -> Workload:

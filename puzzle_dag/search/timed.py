@@ -79,6 +79,7 @@ class MeasuredBound:
         high: upper end.
         slowdown: logarithm of the time measured over the time that the costs predict, both over the parent's where the bound is relative.
         error: its standard error.
+        num_turns: engines of each model that it is from.
     """
 
     asked: TimedBound
@@ -87,6 +88,7 @@ class MeasuredBound:
     high: float
     slowdown: float
     error: float
+    num_turns: int
 
     @property
     def shortfall(self) -> float:
@@ -101,6 +103,12 @@ class MeasuredBound:
     def is_met(self, tolerance: float) -> bool:
         """Say whether the bound is missed by no more than a share."""
         return self.shortfall <= tolerance
+
+    def is_told(self, tolerance: float) -> bool:
+        """Say whether the engines settle it: to half the tolerance, or the whole interval is missed, met, or better than asked."""
+        misses = [self.asked.miss(value)[0] for value in (self.low, self.measured, self.high)]
+        verdicts = {(miss > tolerance) - (miss < -tolerance) for miss in misses}
+        return self.error <= tolerance / 2 or len(verdicts) == 1
 
     def may_loosen(self, tolerance: float) -> bool:
         """Say whether the child is better than asked by more than a share, and would be another if the bound were looser."""
@@ -168,4 +176,20 @@ def measure_bound(asked: TimedBound, child_s: Sequence[float], parent_s: Sequenc
     else:
         value, low, high = asked.scale / speed, asked.scale / fastest, asked.scale / slowest
         slowdown = math.log(value / asked.predicted)
-    return MeasuredBound(asked=asked, measured=value, low=low, high=high, slowdown=slowdown, error=error)
+    return MeasuredBound(asked=asked, measured=value, low=low, high=high, slowdown=slowdown, error=error, num_turns=len(child_s))
+
+
+def turns_wanted(bounds: Sequence[MeasuredBound], tolerance: float, most: int) -> int:
+    """Return how many turns should settle bounds that were measured together; as many as there are where they do or may not be more.
+
+    Args:
+        bounds: one at least, of the same turns.
+        tolerance: share by which a measured quantity may miss its bound.
+        most: turns that there may be. They are not more than doubled at once, for few tell their own noise poorly.
+    """
+    turns = bounds[0].num_turns
+    errors = [b.error for b in bounds if not b.is_told(tolerance)]
+    if not errors or turns >= most:
+        return turns
+    needed = math.ceil(turns * (2 * max(errors) / tolerance) ** 2) if tolerance else most
+    return min(most, 2 * turns, max(needed, turns + 1))

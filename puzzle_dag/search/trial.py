@@ -18,7 +18,7 @@ from puzzle_dag.search.solution import Solution
 from puzzle_dag.search.solve import report_limit
 from puzzle_dag.search.timed import MeasuredBound
 
-VERSION = 1
+VERSION = 2
 
 _log = logging.getLogger(__name__)
 
@@ -109,11 +109,12 @@ def _run(
     worst = tried.worst
     words = "met" if worst.is_met(tolerance) else "missed"
     _log.info(
-        "%s, round %d: %s is %.4g, asked for %s: %s",
+        "%s, round %d: %s is %.4g in %d turns, asked for %s: %s",
         solution.scenario,
         number,
         worst.asked.name,
         worst.measured,
+        worst.num_turns,
         worst.asked.bound.words,
         words,
     )
@@ -175,6 +176,7 @@ def _row(tried: Tried, found: MeasuredBound, trial: Trial, scenario: Scenario, t
         "measured": found.measured,
         "low": found.low,
         "high": found.high,
+        "num_turns": found.num_turns,
         "measured_over_asked": found.over_asked,
         "verdict": "met" if found.is_met(tolerance) else "missed",
         "objective": tried.solution.objective,

@@ -121,6 +121,11 @@ def _own_timed_bounds(scenario: Scenario) -> list[tuple[str, Bound]]:
     return [(name, bound) for name, bound in scenario.bounds if name in TIMED and bound.target in (None, scenario.target)]
 
 
+def bounds_time(scenario: Scenario) -> bool:
+    """Say whether a scenario bounds anything that serving on its own target has to time."""
+    return bool(_own_timed_bounds(scenario))
+
+
 def asked_batches(scenario: Scenario) -> list[int]:
     """Return the batch sizes that a scenario's timed bounds on its own target name, increasing."""
     return sorted({bound.at.batch for _, bound in _own_timed_bounds(scenario) if bound.at})

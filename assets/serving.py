@@ -12,7 +12,7 @@ from assets.materialise import Stopwatch, materialised, table
 from assets.plan import Plan
 from assets.predictions import predict_seconds
 from assets.refinement import chosen_solution
-from assets.served import constraint_rows, measured_constraints, serving_batches
+from assets.served import bounds_time, constraint_rows, measured_constraints, serving_batches
 from assets.versions import stage_version
 from puzzle_dag.progress import ProgressLog
 from puzzle_dag.store import fingerprint
@@ -40,6 +40,7 @@ def _serve(
     *,
     child: tuple[str, str, Path] | None = None,
     batch_sizes: tuple[int, ...] | None = None,
+    further_engines: int = 0,
     predicted: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return a ServingReport as JSON and its key in the store: measured now or, for the same models and machine, before.
@@ -59,6 +60,7 @@ def _serve(
     inputs = {
         "version": stage_version(_SERVING),
         "engines": engines,
+        "further_engines": further_engines,
         "repeats": target.repeats,
         "batch_sizes": list(batch_sizes or target.batch_sizes),
         "parent": parent.digest,
@@ -75,6 +77,7 @@ def _serve(
             {name: checkpoint} if checkpoint else {},
             target,
             engines=engines,
+            further_engines=further_engines,
             batch_sizes=batch_sizes,
             predicted_s=predicted,
             progress=ProgressLog(f"serving {name or 'the parent'}"),
@@ -143,6 +146,7 @@ def _serving_asset(plan: Plan) -> dg.AssetsDefinition:
             spec,
             child=(name, child["digest"], checkpoint),
             batch_sizes=serving_batches(scenario, target, solution["batch"], parent),
+            further_engines=plan.profile.serving.further_turns if bounds_time(scenario) else 0,
             predicted=_predict(plan, workspace, name, scenario.target),
         )
         report = served["report"]

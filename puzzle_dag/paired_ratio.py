@@ -6,12 +6,30 @@ from collections.abc import Sequence
 
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
+_MOST_GROWTH = 2.0
+_ROUNDING = 1e-9
+
 
 def estimate_log_ratio(parent_s: Sequence[float], child_s: Sequence[float]) -> tuple[float, float]:
     """Return the mean over the turns of log(parent / child), and its standard error. Arguments as `estimate_ratio`."""
     logs = [math.log(p / c) for p, c in zip(parent_s, child_s, strict=True)]
     assert len(logs) >= 2
     return statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+
+
+def turns_for(turns: int, error: float, wanted: float, most: int) -> int:
+    """Return how many turns should bring an error down to what is wanted; as many as there are where it is or no more may be.
+
+    Args:
+        turns: as many were measured.
+        error: standard error, or half an interval's width, that they leave; it falls with the root of their number.
+        wanted: what it should be, in the same unit; 0 for as little as can be.
+        most: turns that there may be. They are not more than doubled at once, for few tell their own noise poorly.
+    """
+    if error <= wanted or turns >= most:
+        return turns
+    growth = min(error / wanted, math.sqrt(_MOST_GROWTH)) ** 2 if wanted else _MOST_GROWTH
+    return min(most, max(math.ceil(turns * growth - _ROUNDING), turns + 1))
 
 
 def estimate_ratio(parent_s: Sequence[float], child_s: Sequence[float]) -> tuple[float, float, float]:

@@ -5,6 +5,8 @@ is taken within each turn, and its confidence interval over the turns. Where the
 of the same model differ by, the ratio is one of levelled times. All seconds and throughputs are as measured.
 """
 
+import logging
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +17,19 @@ from puzzle_dag.engine.client import run_engines
 from puzzle_dag.engine.hardware import check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
 from puzzle_dag.engine.levelling import Levelling, decide_levelling
-from puzzle_dag.paired_ratio import estimate_ratio
+from puzzle_dag.paired_ratio import estimate_ratio, turns_for
 from puzzle_dag.progress import Progress, silent
 
-VERSION = 3
+_log = logging.getLogger(__name__)
+
+VERSION = 4
 
 PARENT = "parent"
 """Name of the parent among the served models."""
 FEWEST_ENGINES = 3
 """Engines of each model, at the least: the interval over two is 12.7 standard errors to each side, over three 4.3."""
+PRECISION = 0.05
+"""Share that the 95 % interval of a speed-up reaches to each side where it is told well enough: what the check `as_asked` tolerates."""
 
 
 class ServingError(ValueError):
@@ -80,6 +86,11 @@ class SpeedUp:
     """The cost table's; None where no prediction was given."""
     levelled: bool = False
     """Whether the seconds of the ratio were levelled by the machine's pace; as measured before this version of the package."""
+
+    @property
+    def reach(self) -> float:
+        """How far the interval reaches to each side, as the logarithm of a factor."""
+        return math.log(self.high / self.low) / 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,6 +173,7 @@ def measure_serving(
     target: Target,
     *,
     engines: int = FEWEST_ENGINES,
+    further_engines: int = 0,
     batch_sizes: Sequence[int] | None = None,
     predicted_s: Mapping[str, Mapping[int, float]] | None = None,
     progress: Progress = silent,
@@ -173,6 +185,7 @@ def measure_serving(
         children: name -> checkpoint folder; empty measures the parent alone.
         target: how they are served and what is timed.
         engines: turns, an engine of each model in each.
+        further_engines: turns more at most, until the interval of every speed-up reaches `PRECISION` to each side, or less.
         batch_sizes: some of the target's; by default all of them.
         predicted_s: model name ("parent" too) -> batch -> predicted seconds of the whole batch, to stand beside the measured.
         progress: called after each engine.
@@ -189,14 +202,7 @@ def measure_serving(
     check_hardware(target, hardware)
     folders = {PARENT: parent_folder, **children}
     settings, workload = EngineSettings.of(target), Workload.of(target.model_copy(update={"batch_sizes": batches}))
-    jobs = [
-        EngineJob(name=f"{name}/{turn}", folder=str(folder.resolve()), settings=settings, workload=workload, seed=turn)
-        for turn in range(engines)
-        for name, folder in folders.items()
-    ]
-    by_job = {r.name: r for r in run_engines(jobs, progress=progress, hardware=hardware)}
-    results = {name: [by_job[f"{name}/{turn}"] for turn in range(engines)] for name in folders}
-    predicted, levelling = predicted_s or {}, decide_levelling(results.values(), ("total",))
+    predicted = predicted_s or {}
 
     def predict(name: str, batch: int) -> float | None:
         return predicted.get(name, {}).get(batch)
@@ -205,10 +211,27 @@ def measure_serving(
         parent, own = predict(PARENT, batch), predict(child, batch)
         return parent / own if parent is not None and own else None
 
+    results: dict[str, list[EngineResult]] = {name: [] for name in folders}
+    done, wanted, speedups = 0, engines, list[SpeedUp]()
+    while done < wanted:
+        jobs = [
+            EngineJob(name=f"{name}/{turn}", folder=str(folder.resolve()), settings=settings, workload=workload, seed=turn)
+            for turn in range(done, wanted)
+            for name, folder in folders.items()
+        ]
+        by_job = {r.name: r for r in run_engines(jobs, progress=progress, hardware=hardware)}
+        for name, measured in results.items():
+            measured.extend(by_job[f"{name}/{turn}"] for turn in range(done, wanted))
+        levelling = decide_levelling(results.values(), ("total",))
+        speedups = [_compare(c, b, results, predict_speedup(c, b), levelling) for c in children for b in batches]
+        reach = max((s.reach for s in speedups), default=0.0)
+        done, wanted = wanted, turns_for(wanted, reach, math.log1p(PRECISION), engines + further_engines)
+        if wanted > done:
+            _log.info("%d turns tell a speed-up within %.1f %%: %d more", done, 100 * math.expm1(reach), wanted - done)
     return ServingReport(
         target=target.name,
         hardware=hardware.name,
-        engine_version=next(iter(by_job.values())).engine_version,
+        engine_version=results[PARENT][0].engine_version,
         models=tuple(_summarise(n, b, results[n], target, predict(n, b)) for n in folders for b in batches),
-        speedups=tuple(_compare(c, b, results, predict_speedup(c, b), levelling) for c in children for b in batches),
+        speedups=tuple(speedups),
     )

@@ -20,6 +20,8 @@ class ServingSettings(Settings):
     turns: int | None = Field(default=None, ge=3)
     """Engines of each model; by default one more than the target takes for a probe, and three at the least: the interval over two
     turns is 12.7 standard errors to each side, over three 4.3, over five 2.8."""
+    further_turns: int = Field(default=5, ge=0)
+    """How many more at most where the scenario bounds a time: until a speed-up's 95 % interval reaches 5 % to each side, or less."""
     repeats: int | None = Field(default=None, gt=1)
     """Timed repeats an engine; by default the target's."""
 

@@ -8,7 +8,7 @@ from typing import Literal
 from puzzle_dag.architecture import Architecture
 from puzzle_dag.config import Bound, ConstraintName, Scenario
 from puzzle_dag.config.scenario import TIMED
-from puzzle_dag.paired_ratio import estimate_log_ratio, estimate_ratio
+from puzzle_dag.paired_ratio import estimate_log_ratio, estimate_ratio, turns_for
 from puzzle_dag.piece_costs import PieceCosts
 from puzzle_dag.search.limits import Measure
 from puzzle_dag.search.points import parent_measure, scenario_limits
@@ -185,11 +185,7 @@ def turns_wanted(bounds: Sequence[MeasuredBound], tolerance: float, most: int) -
     Args:
         bounds: one at least, of the same turns.
         tolerance: share by which a measured quantity may miss its bound.
-        most: turns that there may be. They are not more than doubled at once, for few tell their own noise poorly.
+        most: turns that there may be.
     """
-    turns = bounds[0].num_turns
-    errors = [b.error for b in bounds if not b.is_told(tolerance)]
-    if not errors or turns >= most:
-        return turns
-    needed = math.ceil(turns * (2 * max(errors) / tolerance) ** 2) if tolerance else most
-    return min(most, 2 * turns, max(needed, turns + 1))
+    error = max((b.error for b in bounds if not b.is_told(tolerance)), default=0.0)
+    return turns_for(bounds[0].num_turns, error, tolerance / 2, most)

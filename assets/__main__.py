@@ -11,6 +11,9 @@ from pathlib import Path
 from puzzle_dag.console import say
 from resources.workspace import project_root
 
+_INTERRUPTED = 130
+"""Exit status of a command that was told to stop, as shells have it."""
+
 
 class _PlainLines(logging.Formatter):
     """Lines as the library wrote them: Dagster, which files them in the run's log, puts job, run and step before each."""
@@ -170,6 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:  # every mistake of a user's is one, and says what to fix
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except BaseException as error:
+        from dagster import DagsterExecutionInterruptedError
+
+        if not isinstance(error, (KeyboardInterrupt, DagsterExecutionInterruptedError)):
+            raise
+        sys.stderr.write("\ninterrupted: what was finished is kept, and the same command goes on from there\n")
+        return _INTERRUPTED
     return code
 
 

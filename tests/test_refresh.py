@@ -1,5 +1,7 @@
 """How a refresh deals with failures, selections, failed checks and bad input, on the library's part of the graph."""
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -193,6 +195,25 @@ def test_the_device_is_leased_to_one_process(tmp_path: Path, caplog: pytest.LogC
             waited_s = time.perf_counter() - start_s
     assert waited_s > 0.5 and other.returncode == 0
     assert f"waiting for {lock}, which process {other.pid} (-c " in caplog.text, "it says for whom"
+
+
+def test_an_interrupted_command_says_that_what_was_finished_is_kept(micro_parent_folder: Path, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "stopped", micro_parent_folder)
+    # Long enough a training that the second layer's is under way when the signal comes.
+    project.edit(project.profile_file, tokens__activations=32_768, library__num_tokens=32_768, library__rows_per_step=1)
+    command = [sys.executable, "-m", "assets", "refresh", "--profile", project.profile, "--select", *FIRST, "block_library"]
+    environment = {**os.environ, "PUZZLE_DAG_ROOT": str(project.root), "PYTHONUNBUFFERED": "1"}
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=CHECKOUT, env=environment, **output) as running:
+        assert running.stdout is not None and running.stderr is not None
+        for line in running.stdout:
+            if "block_library[L00]" in line:
+                running.send_signal(signal.SIGINT)
+                break
+        said = running.stderr.read()
+    assert running.returncode == 130 and "interrupted: what was finished is kept" in said and "Traceback" not in said
+    record = project.refresh(select=[*FIRST, "block_library"])
+    assert [str(o.item) for o in record.of("ran")] == ["block_library[L01]"] and not record.of("failed")
 
 
 def test_a_value_that_was_never_made_says_what_to_do(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Commands of the checkout: `python -m assets refresh | status | scenario add FILE | scenario remove NAME | sweep | demo | ui`."""
 
 import argparse
+import contextlib
 import logging
 import os
 import subprocess
@@ -119,9 +120,10 @@ def _ui(args: argparse.Namespace) -> int:
 
     environment = {**os.environ, "DAGSTER_HOME": str(dagster_home(args.root)), "PYTHONPATH": str(args.root)}
     command = [sys.executable, "-m", "dagster", "dev", "-w", "workspace.yaml", "-h", "127.0.0.1", "-p", str(args.port)]
-    with serve_pages(args.root / "var") as address:
+    with serve_pages(args.root / "var") as address, contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it is ended
         say(f"HTML reports: {address}")
         return subprocess.call(command, cwd=args.root, env=environment)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,6 +166,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _is_interruption(error: BaseException) -> bool:
+    if isinstance(error, KeyboardInterrupt):
+        return True
+    from dagster import DagsterExecutionInterruptedError
+
+    return isinstance(error, DagsterExecutionInterruptedError)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a mistake of the user's ends it with a message, not with a stack trace."""
     args = _parser().parse_args(arguments)
@@ -174,11 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except BaseException as error:
-        from dagster import DagsterExecutionInterruptedError
-
-        if not isinstance(error, (KeyboardInterrupt, DagsterExecutionInterruptedError)):
+        if not _is_interruption(error):
             raise
-        sys.stderr.write("\ninterrupted: what was finished is kept, and the same command goes on from there\n")
+        sys.stderr.write("\ninterrupted: what was finished is kept, and the next refresh goes on from there\n")
         return _INTERRUPTED
     return code
 

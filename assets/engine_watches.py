@@ -3,7 +3,7 @@
 from typing import Any
 
 from assets.plan import Plan
-from assets.served import asked_batches
+from assets.served import asked_serving
 from puzzle_dag.config.scenario import TIMED
 from puzzle_dag.store import fingerprint
 from resources.workspace import Workspace
@@ -51,10 +51,10 @@ def watch_costs_and_engine(plan: Plan, workspace: Workspace, partition: str | No
 
 
 def watch_serving(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any] | None:
-    """Return which target a scenario's child is measured on, at which batch sizes beside the kept one, and the engine's version."""
+    """Return on which target and for which bounds on time a scenario's child is measured, and the engine's version."""
     assert partition is not None
     engine, scenario = watch_engine(plan, workspace), workspace.read_scenario(partition)
-    return None if engine is None else {"target": scenario.target, "batches": asked_batches(scenario), **engine}
+    return None if engine is None else {"target": scenario.target, **asked_serving(scenario), **engine}
 
 
 def watch_trial(plan: Plan, workspace: Workspace, partition: str | None) -> dict[str, Any] | None:

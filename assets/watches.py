@@ -9,7 +9,8 @@ has another one, the refresh runs the asset again. For a configuration asset the
 - `parent_accuracy` and `task_scores` may ask items that are drawn from the library of the Python that runs.
 - `child` and `uptrained_child` inherit the parent's chat template, which nothing else reads.
 - `block_costs` takes what was imported for a target that this machine can't measure.
-- `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its target and batch sizes.
+- `uptrained_child` needs its scenario's budget, not its constraints; `serving` needs its target and
+  batch sizes, and whether it bounds a time.
 - What an engine measured (`block_costs`, `trial`, `parent_serving`, `serving`) holds for that version of it.
 - `cost_table`, `predicted_frontier`, `frontier` and `tables` gather what there is, so a partition that went away counts, too.
 """
@@ -251,6 +252,6 @@ def watched_words(plan: Plan, asset: str, partition: str | None) -> str:
         "block_costs": "vLLM's version changed, or whether costs may be analytic",
         "trial": "vLLM's version changed",
         "parent_serving": "vLLM's version changed",
-        "serving": f"vLLM's version, or the target or a batch size in conf/scenarios/{partition}.yaml, changed",
+        "serving": f"vLLM's version, or target, batch sizes or kinds of bounds on time in conf/scenarios/{partition}.yaml, changed",
     }
     return words.get(asset, "what it gathers changed")

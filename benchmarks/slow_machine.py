@@ -68,7 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
             square, layers = measure_rates(dtype)
             print(f"{dtype}: {square / 1e9:.0f} GFLOP/s of 2048 x 2048 x 2048, {layers / 1e9:.0f} of the layers' shapes")
         print(f"{copy_in_float32(root, folder)} times float32", flush=True)
-        environment = {**os.environ, "PUZZLE_DAG_ROOT": str(folder)}
+        threads = {} if args.cores is None else {"OMP_NUM_THREADS": str(args.cores)}
+        environment = {**os.environ, **threads, "PUZZLE_DAG_ROOT": str(folder)}
         start = time.perf_counter()
         # It takes the lease of its own folder, so this one goes on: nothing else is to measure here meanwhile.
         code = subprocess.call([sys.executable, "-m", "assets", "demo", "--profile", args.profile], cwd=root, env=environment)

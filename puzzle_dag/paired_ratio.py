@@ -22,7 +22,7 @@ def turns_for(turns: int, error: float, wanted: float, most: int) -> int:
 
     Args:
         turns: as many were measured.
-        error: standard error, or half an interval's width, that they leave; it falls with the root of their number.
+        error: standard error, or half an interval's width, that they leave; it falls with the root of their number, or faster.
         wanted: what it should be, in the same unit; 0 for as little as can be.
         most: turns that there may be. They are not more than doubled at once, for few tell their own noise poorly.
     """

@@ -15,6 +15,7 @@ from ticking_engine import TickingEngine
 
 from puzzle_dag.children.serve import PRECISION, ServingReport, measure_serving
 from puzzle_dag.config import ConfigError, Target
+from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.jobs import BatchTimes, EngineJob, EngineResult
 from puzzle_dag.paired_ratio import estimate_ratio, turns_for
 
@@ -105,6 +106,15 @@ def test_the_parent_alone_has_no_speed_up_to_tell(micro_parent_folder: Path, mon
     assert report.speedups == () and len(engine.jobs) == 3
 
 
+def test_where_further_turns_fail_the_first_tell(micro_parent_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Noisy(dies_after=7, dies_of=EngineFailedError((), num_jobs=4, num_done=1))
+    engine.spread = 0.5
+    with monkeypatch.context() as patch:
+        engine.install(patch)
+        report = measure_serving(micro_parent_folder, {"child": micro_parent_folder}, TARGET, engines=3, further_engines=2)
+    assert {m.num_engines for m in report.models} == {3} and len(engine.jobs) == 7
+
+
 def served_turns(project: Project, scenario: str) -> int:
     return project.rows(f"SELECT max(num_engines) FROM serving WHERE scenario = '{scenario}'")[0][0]
 
@@ -117,6 +127,15 @@ def test_a_scenario_that_bounds_no_time_is_served_as_often_as_the_profile_says(p
     project.edit(project.profile_file, scenarios=["micro-small", FAST], serving={"turns": 4, "further_turns": 2})
     assert project.refresh().ok
     assert (served_turns(project, "micro-small"), served_turns(project, FAST)) == (4, 6) and project.refresh().ran == []
+
+
+def test_a_first_bound_on_time_serves_the_same_child_anew(project: Project, engine: TickingEngine) -> None:
+    constraints = yaml.safe_load((project.root / "conf" / "scenarios" / "micro-small.yaml").read_text())["constraints"]
+    loose = {"throughput_tokens_per_s": {"at_least": 1.0}}
+    project.edit(project.root / "conf" / "scenarios" / "micro-small.yaml", constraints={**constraints, **loose})
+    record = project.refresh()
+    assert "serving[micro-small]" in record.ran and not [item for item in record.ran if item.startswith(("child", "uptrained_child"))]
+    assert served_turns(project, "micro-small") == 6 and project.refresh().ran == []
 
 
 def test_fewer_than_none_is_refused(project: Project) -> None:

@@ -214,6 +214,15 @@ def test_of_a_bound_with_two_sides_an_interval_over_both_tells_nothing() -> None
     (found,) = measure(exact, solve(exact), 1.0)
     assert found.is_told(0.02)
     assert not replace(found, error=0.2, low=14.0, measured=20.0, high=28.0).is_told(0.02), "met in the middle, missed at both ends"
+    assert not replace(found, error=0.2, low=14.0, measured=24.0, high=28.0).is_told(0.02), "missed throughout, but on both sides"
+    assert replace(found, error=0.2, low=22.0, measured=24.0, high=28.0).is_told(0.02)
+
+
+def test_how_much_better_than_asked_is_told_only_where_a_bound_may_be_loosened() -> None:
+    (found,) = measure(FAST, solve(FAST), 1.0)
+    over = replace(found, error=0.05, low=1.2, measured=1.3, high=1.4)
+    assert not replace(over, asked=replace(over.asked, slack=0.01)).is_told(0.02)
+    assert replace(over, asked=replace(over.asked, slack=0.06)).is_told(0.02), "another bound binds: it is met, and that is all"
 
 
 def test_it_ends_after_its_rounds() -> None:

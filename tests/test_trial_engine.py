@@ -11,6 +11,7 @@ from transformers import AutoConfig
 from puzzle_dag.architecture import Architecture, Block
 from puzzle_dag.config import Target
 from puzzle_dag.costs.trial import Role, Timed, Turns, measure_in_turns
+from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.hardware import HardwareMismatchError, detect_hardware
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.model.families import to_puzzle_dag_config
@@ -97,6 +98,15 @@ def test_further_turns_are_run_until_no_more_are_wanted(shape: PuzzleDagConfig, 
     assert measure(shape, store, turns_wanted=up_to(6, 1)) == more and not engine.jobs, "what was run is in the store"
     measure(shape, store, turns_wanted=up_to(5, 5), remeasure=True)
     assert len(engine.jobs) == 10, "each engine once, also where turns are added"
+
+
+def test_where_further_turns_fail_the_first_tell(shape: PuzzleDagConfig, engine: TickingEngine, tmp_path: Path) -> None:
+    engine.dies_after, engine.dies_of = 8, EngineFailedError((), num_jobs=6, num_done=2)
+    found = measure(shape, ArtifactStore(tmp_path), turns_wanted=up_to(6))
+    assert len(found.child) == len(found.parent) == 3
+    engine.dies_after = 2
+    with pytest.raises(EngineFailedError):
+        measure(shape, ArtifactStore(tmp_path / "other"))
 
 
 def test_without_a_relative_bound_the_parent_is_left_out(shape: PuzzleDagConfig, engine: TickingEngine, tmp_path: Path) -> None:

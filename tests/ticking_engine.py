@@ -52,6 +52,8 @@ class TickingEngine:
     """Share by which engines of such models are slower and faster by turns."""
     dies_after: int | None = None
     """Engines that run until one fails, as if the machine had been switched off; None where none fails."""
+    dies_of: Exception = field(default_factory=lambda: RuntimeError("switched off"))
+    """What is raised then."""
 
     @property
     def probes(self) -> list[str]:
@@ -70,7 +72,7 @@ class TickingEngine:
         for job in jobs:
             config = job.config or json.loads((Path(job.folder or "") / "config.json").read_text())
             if self.dies_after is not None and len(self.jobs) >= self.dies_after:
-                raise RuntimeError("switched off")
+                raise self.dies_of
             seconds, self.jobs = _layer_seconds(config), [*self.jobs, job]
             slow = self.slowdown * (1 + (-1) ** job.seed * self.unsteadiness) if config.get("per_layer_config") else 1.0
             times = tuple(

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from puzzle_dag.config import Target
 from puzzle_dag.engine.client import run_engines
+from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.hardware import check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
 from puzzle_dag.engine.levelling import Levelling, decide_levelling
@@ -194,7 +195,8 @@ def measure_serving(
         ServingError: a folder is no checkpoint, a batch size is none of the target's, or there are fewer than 3 engines.
         VllmMissingError: vLLM is not installed.
         HardwareMismatchError: the target is for other hardware.
-        EngineFailedError: an engine failed twice.
+        EngineFailedError: an engine of the first turns failed twice. Where one of further turns does, those before it tell what they
+            can, and a warning says so.
     """
     batches = tuple(sorted(set(target.batch_sizes if batch_sizes is None else batch_sizes)))
     _check(parent_folder, children, target, engines, batches)
@@ -219,7 +221,13 @@ def measure_serving(
             for turn in range(done, wanted)
             for name, folder in folders.items()
         ]
-        by_job = {r.name: r for r in run_engines(jobs, progress=progress, hardware=hardware)}
+        try:
+            by_job = {r.name: r for r in run_engines(jobs, progress=progress, hardware=hardware)}
+        except EngineFailedError as error:
+            if not done:
+                raise
+            _log.warning("further turns failed, so %d have to tell: %s", done, error)
+            break
         for name, measured in results.items():
             measured.extend(by_job[f"{name}/{turn}"] for turn in range(done, wanted))
         levelling = decide_levelling(results.values(), ("total",))

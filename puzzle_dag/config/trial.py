@@ -13,7 +13,8 @@ class TrialSettings(Settings):
     turns: int = Field(default=4, ge=3)
     """Engines of each model, parent and child by turns; three or more, so that the interval over the turns tells something."""
     further_turns: int = Field(default=8, ge=0)
-    """How many more at most, where those leave open whether a bound is met: until a ratio's standard error is half the tolerance."""
+    """How many more at most, where those leave open whether a bound is met or may be loosened: until a ratio's standard error is half
+    the tolerance."""
     repeats: int = Field(default=6, gt=1)
     """Timed repeats an engine; the median counts."""
     tolerance: float = Field(default=0.02, ge=0, le=0.5)

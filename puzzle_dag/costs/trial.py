@@ -14,6 +14,7 @@ from puzzle_dag.config import Target
 from puzzle_dag.costs.agreement import check_installed
 from puzzle_dag.costs.measure import describe_engine, find_engine, plain_config, run_and_keep
 from puzzle_dag.engine.client import read_engine_version
+from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.hardware import Hardware, check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
 from puzzle_dag.engine.levelling import Levelling, decide_levelling
@@ -119,7 +120,7 @@ def measure_in_turns(
         turns: engines of each.
         repeats: timed repeats an engine.
         turns_wanted: asked after they ran how many it should be in all, and again until that is no more than there are.
-        remeasure: run everything again, and replace what is stored.
+        remeasure: run everything again, and replace what is stored; further turns of before that aren't wanted now stay there.
         progress: called after each engine; counts anew where further turns are wanted.
 
     Raises:
@@ -128,7 +129,8 @@ def measure_in_turns(
         HardwareMismatchError: the target is for other hardware.
         EngineRefusedError: the engine can't run models of this shape.
         UnsupportedPrecisionError: the engine doesn't do the target's precision on this hardware; in its own words.
-        EngineFailedError: engines failed twice; all others were run and kept first.
+        EngineFailedError: engines of the first turns failed twice; all others were run and kept first. Where those of further turns
+            do, the turns before them tell what they can, and a warning says so.
     """
     hardware, engine_version = detect_hardware(), read_engine_version()
     check_hardware(target, hardware)
@@ -138,17 +140,24 @@ def measure_in_turns(
         {role: _workload(target, model.batches, repeats) for role, model in models.items()},
     )
     results: dict[str, EngineResult] = {}
+    told: Turns | None = None
     while True:
         jobs, inputs = timed.plan(turns, EngineSettings.of(target), hardware, engine_version)
         if not remeasure:
             results |= {key: known for key in inputs if key not in results and (known := find_engine(TRIAL_KIND, key, store)) is not None}
         missing = [job for job in jobs.values() if job.name not in results]
         log.info("target %s, %d turns: %d engines of a trial to run", target.name, turns, len(missing))
-        results |= run_and_keep(TRIAL_KIND, missing, inputs, target, hardware, store, progress=progress)
+        try:
+            results |= run_and_keep(TRIAL_KIND, missing, inputs, target, hardware, store, progress=progress)
+        except EngineFailedError as error:
+            if told is None:
+                raise
+            log.warning("target %s: further turns failed, so %d have to tell: %s", target.name, len(told.child), error)
+            return told
         measured = {role: tuple(results[jobs[role, turn].name] for turn in range(turns)) for role in timed.configs}
-        found = Turns(measured["child"], measured.get("parent", ()), decide_levelling(measured.values(), _PHASES))
-        if (wanted := turns_wanted(found)) <= turns:
-            return found
+        told = Turns(measured["child"], measured.get("parent", ()), decide_levelling(measured.values(), _PHASES))
+        if (wanted := turns_wanted(told)) <= turns:
+            return told
         turns = wanted
 
 

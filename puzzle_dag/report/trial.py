@@ -43,7 +43,7 @@ def _cells(row: Row) -> tuple[object, ...]:
         row["solved_for"],
         f"{row['predicted']:.4g}",
         f"{row['measured']:.4g} ({row['low']:.4g} to {row['high']:.4g})",
-        row["num_turns"],
+        row.get("num_turns", ""),  # rows of before turns were told have none
         f"{row['measured_over_asked']:.3f}",
         row["verdict"],
         f"{row['objective']:.4g}",

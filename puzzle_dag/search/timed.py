@@ -105,14 +105,22 @@ class MeasuredBound:
         return self.shortfall <= tolerance
 
     def is_told(self, tolerance: float) -> bool:
-        """Say whether the engines settle it: to half the tolerance, or the whole interval is missed, met, or better than asked."""
-        misses = [self.asked.miss(value)[0] for value in (self.low, self.measured, self.high)]
-        verdicts = {(miss > tolerance) - (miss < -tolerance) for miss in misses}
+        """Say whether the engines settle it: to half the tolerance, or the whole interval misses one side, is met, or may loosen."""
+        verdicts = {self._verdict(value, tolerance) for value in (self.low, self.measured, self.high)}
         return self.error <= tolerance / 2 or len(verdicts) == 1
+
+    def _verdict(self, value: float, tolerance: float) -> Literal["too low", "too high", "met", "better"]:
+        share, over = self.asked.miss(value)
+        if share > tolerance:
+            return "too low" if over < 1 else "too high"
+        return "better" if share < -tolerance and self._is_loosable(tolerance) else "met"
+
+    def _is_loosable(self, tolerance: float) -> bool:
+        return self.asked.is_one_sided and self.asked.slack <= tolerance
 
     def may_loosen(self, tolerance: float) -> bool:
         """Say whether the child is better than asked by more than a share, and would be another if the bound were looser."""
-        return self.asked.is_one_sided and -self.shortfall > tolerance and self.asked.slack <= tolerance
+        return -self.shortfall > tolerance and self._is_loosable(tolerance)
 
 
 def timed_bounds(

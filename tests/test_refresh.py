@@ -1,7 +1,5 @@
 """How a refresh deals with failures, selections, failed checks and bad input, on the library's part of the graph."""
 
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -10,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 from micro_project import CHECKOUT, Project, make_project
 
-from assets.__main__ import _parser
+from assets.__main__ import _parser, main
 from assets.refresh import RefreshRecord
 from assets.scenarios import add_scenario
 from assets.status import describe_status
@@ -197,23 +196,33 @@ def test_the_device_is_leased_to_one_process(tmp_path: Path, caplog: pytest.LogC
     assert f"waiting for {lock}, which process {other.pid} (-c " in caplog.text, "it says for whom"
 
 
-def test_an_interrupted_command_says_that_what_was_finished_is_kept(micro_parent_folder: Path, tmp_path: Path) -> None:
-    project = make_project(tmp_path / "stopped", micro_parent_folder)
-    # Long enough a training that the second layer's is under way when the signal comes.
-    project.edit(project.profile_file, tokens__activations=32_768, library__num_tokens=32_768, library__rows_per_step=1)
-    command = [sys.executable, "-m", "assets", "refresh", "--profile", project.profile, "--select", *FIRST, "block_library"]
-    environment = {**os.environ, "PUZZLE_DAG_ROOT": str(project.root), "PYTHONUNBUFFERED": "1"}
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=CHECKOUT, env=environment, **output) as running:
-        assert running.stdout is not None and running.stderr is not None
-        for line in running.stdout:
-            if "block_library[L00]" in line:
-                running.send_signal(signal.SIGINT)
-                break
-        said = running.stderr.read()
-    assert running.returncode == 130 and "interrupted: what was finished is kept" in said and "Traceback" not in said
-    record = project.refresh(select=[*FIRST, "block_library"])
-    assert [str(o.item) for o in record.of("ran")] == ["block_library[L01]"] and not record.of("failed")
+@pytest.fixture
+def refresh_raises(started: Project, monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], list[str]]:
+    """Makes a refresh raise something, and returns the arguments of the command that comes to it."""
+
+    def prepare(error: BaseException) -> list[str]:
+        def stop(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setenv("PUZZLE_DAG_ROOT", str(started.root))
+        monkeypatch.setattr("assets.__main__._quiet", lambda: None)
+        monkeypatch.setattr("assets.refresh.refresh", stop)
+        return ["refresh", "--profile", started.profile]
+
+    return prepare
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, dg.DagsterExecutionInterruptedError])
+def test_an_interrupted_command_says_that_what_was_finished_is_kept(
+    interruption: type[BaseException], refresh_raises: Callable[[BaseException], list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(refresh_raises(interruption())) == 130
+    assert "interrupted: what was finished is kept" in capsys.readouterr().err
+
+
+def test_other_errors_are_not_taken_for_interruptions(refresh_raises: Callable[[BaseException], list[str]]) -> None:
+    with pytest.raises(RuntimeError, match="broken"):
+        main(refresh_raises(RuntimeError("broken")))
 
 
 def test_a_value_that_was_never_made_says_what_to_do(tmp_path: Path) -> None:

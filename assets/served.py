@@ -131,14 +131,14 @@ def asked_batches(scenario: Scenario) -> list[int]:
     return sorted({bound.at.batch for _, bound in _own_timed_bounds(scenario) if bound.at})
 
 
-def asks_for_best(scenario: Scenario) -> bool:
+def _asks_for_best(scenario: Scenario) -> bool:
     """Say whether a throughput is asked for as a multiple of the parent's, which is the parent's at its best batch size."""
     return any(name == "throughput_tokens_per_s" and bound.relative_to for name, bound in _own_timed_bounds(scenario))
 
 
 def asked_serving(scenario: Scenario) -> dict[str, Any]:
     """Return all of a scenario's bounds that decides at which batch sizes a child is served, and in how many turns."""
-    return {"batches": asked_batches(scenario), "times": bounds_time(scenario), "best": asks_for_best(scenario)}
+    return {"batches": asked_batches(scenario), "times": bounds_time(scenario), "best": _asks_for_best(scenario)}
 
 
 def serving_batches(scenario: Scenario, target: Target, kept: int, parent: Mapping[str, Any]) -> tuple[int, ...]:
@@ -151,7 +151,7 @@ def serving_batches(scenario: Scenario, target: Target, kept: int, parent: Mappi
         parent: the parent's ServingReport as JSON; a throughput may be asked for as a multiple of the parent's best.
     """
     batches = {kept, *asked_batches(scenario)}
-    if asks_for_best(scenario):
+    if _asks_for_best(scenario):
         batches.add(max(parent["models"], key=lambda m: m["throughput_tokens_per_s"])["batch"])
     return tuple(sorted(batches & {*target.batch_sizes}))
 

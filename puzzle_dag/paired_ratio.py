@@ -6,9 +6,6 @@ from collections.abc import Sequence
 
 from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
-_MOST_GROWTH = 2.0
-_ROUNDING = 1e-9
-
 
 def estimate_log_ratio(parent_s: Sequence[float], child_s: Sequence[float]) -> tuple[float, float]:
     """Return the mean over the turns of log(parent / child), and its standard error. Arguments as `estimate_ratio`."""
@@ -28,8 +25,8 @@ def turns_for(turns: int, error: float, wanted: float, most: int) -> int:
     """
     if error <= wanted or turns >= most:
         return turns
-    growth = min(error / wanted, math.sqrt(_MOST_GROWTH)) ** 2 if wanted else _MOST_GROWTH
-    return min(most, max(math.ceil(turns * growth - _ROUNDING), turns + 1))
+    ratio = min(error / wanted, 2.0) if wanted else 2.0
+    return min(most, 2 * turns, max(math.ceil(turns * ratio**2), turns + 1))
 
 
 def estimate_ratio(parent_s: Sequence[float], child_s: Sequence[float]) -> tuple[float, float, float]:

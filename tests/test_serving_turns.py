@@ -1,8 +1,6 @@
 """How many turns parent and child are served: further ones only where their noise leaves the speed-up open."""
 
-import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from ticking_engine import TickingEngine
 from puzzle_dag.children.serve import PRECISION, ServingReport, measure_serving
 from puzzle_dag.config import ConfigError, Target
 from puzzle_dag.engine.failures import EngineFailedError
-from puzzle_dag.engine.jobs import BatchTimes, EngineJob, EngineResult
+from puzzle_dag.engine.jobs import EngineJob
 from puzzle_dag.paired_ratio import estimate_ratio, turns_for
 
 TARGET = Target(version=1, name="noisy", hardware="local-cpu", input_length=16, output_length=8, batch_sizes=(1, 4))
@@ -53,16 +51,8 @@ class Noisy(TickingEngine):
 
     spread = 0.0
 
-    def run(self, jobs: Sequence[EngineJob], **arguments: Any) -> list[EngineResult]:
-        found = []
-        for result, job in zip(super().run(jobs, **arguments), jobs, strict=True):
-            slow = math.exp(self.spread * (-1) ** job.seed) if job.name.startswith("child/") else 1.0
-            times = tuple(
-                BatchTimes(t.batch, tuple(slow * p for p in t.prefill_s), tuple(slow * s for s in t.total_s), t.reference_s)
-                for t in result.times
-            )
-            found.append(dataclasses.replace(result, times=times))
-        return found
+    def slowness(self, job: EngineJob, config: dict[str, Any]) -> float:
+        return math.exp(self.spread * (-1) ** job.seed) if job.name.startswith("child/") else 1.0
 
 
 def serve(folder: Path, spread: float, monkeypatch: pytest.MonkeyPatch, **turns: int) -> tuple[ServingReport, Noisy]:

@@ -59,6 +59,10 @@ class TickingEngine:
     def probes(self) -> list[str]:
         return [j.name for j in self.jobs if j.config is not None]
 
+    def slowness(self, job: EngineJob, config: dict[str, Any]) -> float:
+        """Return how many times as long a job takes as its model's layers say."""
+        return self.slowdown * (1 + (-1) ** job.seed * self.unsteadiness) if config.get("per_layer_config") else 1.0
+
     def run(
         self,
         jobs: Sequence[EngineJob],
@@ -74,7 +78,7 @@ class TickingEngine:
             if self.dies_after is not None and len(self.jobs) >= self.dies_after:
                 raise self.dies_of
             seconds, self.jobs = _layer_seconds(config), [*self.jobs, job]
-            slow = self.slowdown * (1 + (-1) ** job.seed * self.unsteadiness) if config.get("per_layer_config") else 1.0
+            slow = self.slowness(job, config)
             times = tuple(
                 BatchTimes(b, (slow * (0.001 + seconds),) * 2, (slow * (0.002 + (2 + 0.1 * b + 0.001 * job.seed) * seconds),) * 2)
                 for b in job.workload.batch_sizes

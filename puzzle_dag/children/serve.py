@@ -5,7 +5,6 @@ is taken within each turn, and its confidence interval over the turns. Where the
 of the same model differ by, the ratio is one of levelled times. All seconds and throughputs are as measured.
 """
 
-import logging
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,14 +13,12 @@ from pathlib import Path
 
 from puzzle_dag.config import Target
 from puzzle_dag.engine.client import run_engines
-from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.hardware import check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
 from puzzle_dag.engine.levelling import Levelling, decide_levelling
+from puzzle_dag.engine.turns import run_turns
 from puzzle_dag.paired_ratio import estimate_ratio, turns_for
 from puzzle_dag.progress import Progress, silent
-
-_log = logging.getLogger(__name__)
 
 VERSION = 4
 
@@ -155,6 +152,11 @@ def _compare(
     return SpeedUp(child=child, batch=batch, speedup=speedup, low=low, high=high, predicted=predicted, levelled=levelling.is_used)
 
 
+def _predict_speedup(predicted_s: Mapping[str, Mapping[int, float]], child: str, batch: int) -> float | None:
+    parent, own = (predicted_s.get(name, {}).get(batch) for name in (PARENT, child))
+    return parent / own if parent is not None and own else None
+
+
 def _check(parent_folder: Path, children: Mapping[str, Path], target: Target, engines: int, batch_sizes: Sequence[int]) -> None:
     if engines < FEWEST_ENGINES:
         raise ServingError(f"engines is {engines}; a confidence interval that tells something needs {FEWEST_ENGINES} or more")
@@ -195,8 +197,7 @@ def measure_serving(
         ServingError: a folder is no checkpoint, a batch size is none of the target's, or there are fewer than 3 engines.
         VllmMissingError: vLLM is not installed.
         HardwareMismatchError: the target is for other hardware.
-        EngineFailedError: an engine of the first turns failed twice. Where one of further turns does, those before it tell what they
-            can, and a warning says so.
+        EngineFailedError: an engine of the first turns failed twice.
     """
     batches = tuple(sorted(set(target.batch_sizes if batch_sizes is None else batch_sizes)))
     _check(parent_folder, children, target, engines, batches)
@@ -204,42 +205,29 @@ def measure_serving(
     check_hardware(target, hardware)
     folders = {PARENT: parent_folder, **children}
     settings, workload = EngineSettings.of(target), Workload.of(target.model_copy(update={"batch_sizes": batches}))
-    predicted = predicted_s or {}
+    predicted, results = predicted_s or {}, {name: list[EngineResult]() for name in folders}
 
-    def predict(name: str, batch: int) -> float | None:
-        return predicted.get(name, {}).get(batch)
-
-    def predict_speedup(child: str, batch: int) -> float | None:
-        parent, own = predict(PARENT, batch), predict(child, batch)
-        return parent / own if parent is not None and own else None
-
-    results: dict[str, list[EngineResult]] = {name: [] for name in folders}
-    done, wanted, speedups = 0, engines, list[SpeedUp]()
-    while done < wanted:
-        jobs = [
-            EngineJob(name=f"{name}/{turn}", folder=str(folder.resolve()), settings=settings, workload=workload, seed=turn)
-            for turn in range(done, wanted)
+    def serve(turns: range) -> list[SpeedUp]:
+        jobs = {
+            (name, turn): EngineJob(name=f"{name}/{turn}", folder=str(folder.resolve()), settings=settings, workload=workload, seed=turn)
+            for turn in turns
             for name, folder in folders.items()
-        ]
-        try:
-            by_job = {r.name: r for r in run_engines(jobs, progress=progress, hardware=hardware)}
-        except EngineFailedError as error:
-            if not done:
-                raise
-            _log.warning("further turns failed, so %d have to tell: %s", done, error)
-            break
-        for name, measured in results.items():
-            measured.extend(by_job[f"{name}/{turn}"] for turn in range(done, wanted))
+        }
+        by_job = {r.name: r for r in run_engines(list(jobs.values()), progress=progress, hardware=hardware)}
+        for (name, _), job in jobs.items():
+            results[name].append(by_job[job.name])
         levelling = decide_levelling(results.values(), ("total",))
-        speedups = [_compare(c, b, results, predict_speedup(c, b), levelling) for c in children for b in batches]
+        return [_compare(c, b, results, _predict_speedup(predicted, c, b), levelling) for c in children for b in batches]
+
+    def engines_wanted(speedups: Sequence[SpeedUp]) -> int:
         reach = max((s.reach for s in speedups), default=0.0)
-        done, wanted = wanted, turns_for(wanted, reach, math.log1p(PRECISION), engines + further_engines)
-        if wanted > done:
-            _log.info("%d turns tell a speed-up within %.1f %%: %d more", done, 100 * math.expm1(reach), wanted - done)
+        return turns_for(len(results[PARENT]), reach, math.log1p(PRECISION), engines + further_engines)
+
+    speedups = run_turns(engines, serve, engines_wanted)
     return ServingReport(
         target=target.name,
         hardware=hardware.name,
         engine_version=results[PARENT][0].engine_version,
-        models=tuple(_summarise(n, b, results[n], target, predict(n, b)) for n in folders for b in batches),
+        models=tuple(_summarise(n, b, results[n], target, predicted.get(n, {}).get(b)) for n in folders for b in batches),
         speedups=tuple(speedups),
     )

@@ -14,10 +14,10 @@ from puzzle_dag.config import Target
 from puzzle_dag.costs.agreement import check_installed
 from puzzle_dag.costs.measure import describe_engine, find_engine, plain_config, run_and_keep
 from puzzle_dag.engine.client import read_engine_version
-from puzzle_dag.engine.failures import EngineFailedError
 from puzzle_dag.engine.hardware import Hardware, check_hardware, detect_hardware
 from puzzle_dag.engine.jobs import EngineJob, EngineResult, EngineSettings, Workload
 from puzzle_dag.engine.levelling import Levelling, decide_levelling
+from puzzle_dag.engine.turns import run_turns
 from puzzle_dag.model.configuration_puzzle_dag import PuzzleDagConfig
 from puzzle_dag.progress import Progress, silent
 from puzzle_dag.store import ArtifactStore, fingerprint
@@ -77,12 +77,12 @@ class _Models:
     workloads: dict[Role, Workload]
 
     def plan(
-        self, turns: int, settings: EngineSettings, hardware: Hardware, engine_version: str
+        self, turns: range, settings: EngineSettings, hardware: Hardware, engine_version: str
     ) -> tuple[dict[tuple[Role, int], EngineJob], dict[str, dict[str, Any]]]:
         """Return the job of each model and turn in the order of running, and what each job's name, its store key, was made from."""
         jobs: dict[tuple[Role, int], EngineJob] = {}
         inputs = {}
-        for turn in range(turns):
+        for turn in turns:
             described = {
                 role: describe_engine(config, settings, self.workloads[role], turn, hardware, engine_version)
                 for role, config in self.configs.items()
@@ -129,8 +129,7 @@ def measure_in_turns(
         HardwareMismatchError: the target is for other hardware.
         EngineRefusedError: the engine can't run models of this shape.
         UnsupportedPrecisionError: the engine doesn't do the target's precision on this hardware; in its own words.
-        EngineFailedError: engines of the first turns failed twice; all others were run and kept first. Where those of further turns
-            do, the turns before them tell what they can, and a warning says so.
+        EngineFailedError: engines of the first turns failed twice; all others were run and kept first.
     """
     hardware, engine_version = detect_hardware(), read_engine_version()
     check_hardware(target, hardware)
@@ -139,26 +138,19 @@ def measure_in_turns(
         {role: plain_config(shape, models[role].architecture) for role in _ROLES if role in models},
         {role: _workload(target, model.batches, repeats) for role, model in models.items()},
     )
-    results: dict[str, EngineResult] = {}
-    told: Turns | None = None
-    while True:
-        jobs, inputs = timed.plan(turns, EngineSettings.of(target), hardware, engine_version)
-        if not remeasure:
-            results |= {key: known for key in inputs if key not in results and (known := find_engine(TRIAL_KIND, key, store)) is not None}
+    settings, measured = EngineSettings.of(target), {role: list[EngineResult]() for role in timed.configs}
+
+    def run(span: range) -> Turns:
+        jobs, inputs = timed.plan(span, settings, hardware, engine_version)
+        results = {} if remeasure else {key: found for key in inputs if (found := find_engine(TRIAL_KIND, key, store)) is not None}
         missing = [job for job in jobs.values() if job.name not in results]
-        log.info("target %s, %d turns: %d engines of a trial to run", target.name, turns, len(missing))
-        try:
-            results |= run_and_keep(TRIAL_KIND, missing, inputs, target, hardware, store, progress=progress)
-        except EngineFailedError as error:
-            if told is None:
-                raise
-            log.warning("target %s: further turns failed, so %d have to tell: %s", target.name, len(told.child), error)
-            return told
-        measured = {role: tuple(results[jobs[role, turn].name] for turn in range(turns)) for role in timed.configs}
-        told = Turns(measured["child"], measured.get("parent", ()), decide_levelling(measured.values(), _PHASES))
-        if (wanted := turns_wanted(told)) <= turns:
-            return told
-        turns = wanted
+        log.info("target %s: %d engines of a trial measured before, %d to run", target.name, len(results), len(missing))
+        results |= run_and_keep(TRIAL_KIND, missing, inputs, target, hardware, store, progress=progress)
+        for (role, _), job in jobs.items():
+            measured[role].append(results[job.name])
+        return Turns(tuple(measured["child"]), tuple(measured.get("parent", ())), decide_levelling(measured.values(), _PHASES))
+
+    return run_turns(turns, run, turns_wanted)
 
 
 def _workload(target: Target, batches: Sequence[int], repeats: int) -> Workload:
